@@ -1,0 +1,163 @@
+"""One datamodule for every method: split, crops, order, loaders, and what a method must know of its training set."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from mrgen.data.crops import BrainBox, Crop
+from mrgen.data.dataset import CropDataset
+from mrgen.data.normalisation import Normalisation
+from mrgen.data.sampler import EvaluationSampler, TrainingSampler
+from mrgen.data.splits import make_split
+from mrgen.data.store import Store, StoredSubject
+from mrgen.errors import UserError
+
+__all__ = ["CohortDataModule"]
+
+
+class CohortDataModule(LightningDataModule):
+    """Batches of a prepared cohort.
+
+    Everything that can be wrong with the data is found in the constructor, before a network is built.
+
+    Args:
+        store: folder that ``mrgen-prepare`` wrote.
+        modalities: sequences to read, in the order of the batch's channels.
+        labels: which of the layout's label maps to use, ``regions`` or ``native``.
+        split: how to split, see ``mrgen.data.splits.make_split``.
+        normalisation: from stored intensities to the network's.
+        sampling: which crops training sees; evaluation always sees the whole brain.
+        batch_size: samples a step on one device.
+        steps_per_epoch: steps of an epoch; None is one pass over the training subjects.
+        augmentation: TorchIO transforms for training, applied in this order.
+        workers: loader processes. 0 loads in the training process: whole volumes are read in tens of milliseconds.
+        seed: of the order, the crops and the augmentation.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: str | Path,
+        modalities: Sequence[str],
+        labels: str = "regions",
+        split: Mapping[str, Any],
+        normalisation: Normalisation,
+        sampling: Crop,
+        batch_size: int = 1,
+        steps_per_epoch: int | None = None,
+        augmentation: Sequence[Any] | None = None,
+        workers: int = 0,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.store = Store(store)
+        self.modalities = tuple(modalities)
+        if missing := [name for name in self.modalities if name not in self.store.modalities]:
+            raise UserError(
+                f"{self.store.path}: prepared with {', '.join(self.store.modalities)}, without {', '.join(missing)}; "
+                "set data.modalities or prepare the cohort with them"
+            )
+        layout = self.store.layout
+        self.lookup = layout.label_lookup(labels)
+        if labels not in layout.classes:
+            raise UserError(f"data.labels={labels}: {layout.title} names classes for {', '.join(layout.classes)} alone")
+        self.classes: Sequence[str] = layout.classes[labels]
+
+        labelled = {id: s for id, s in self.store.subjects.items() if s.label_counts is not None}
+        if not labelled:
+            raise UserError(
+                f"{self.store.path}: none of {len(self.store.subjects)} subjects has a label; training needs them"
+            )
+        self.split = make_split(list(labelled.values()), split)
+        self.split.check(labelled)
+        if not self.split.train:
+            raise UserError("data.split leaves no subject for training")
+
+        self.normalisation, self.sampling = normalisation, sampling
+        self.whole = sampling if isinstance(sampling, BrainBox) else BrainBox(divisor=sampling.divisor)
+        self.whole.fit(labelled.values())
+        self.batch_size, self.workers, self.seed = batch_size, workers, seed
+        self.steps_per_epoch = steps_per_epoch
+        self.augmentation = list(augmentation or [])
+
+    def _subjects(self, ids: Sequence[str]) -> list[StoredSubject]:
+        return [self.store.subjects[id] for id in ids]
+
+    def class_counts(self) -> list[int]:
+        """Voxels of each class in the training set, background counted within the crop that training sees.
+
+        The background of the whole scan would only say how much air the scanner saw.
+        """
+        counts = [0] * len(self.classes)
+        assert self.whole.size is not None
+        voxels = self.whole.size[0] * self.whole.size[1] * self.whole.size[2]
+        for subject in self._subjects(self.split.train):
+            assert subject.label_counts is not None
+            lesion = 0
+            for number, count in subject.label_counts.items():
+                mapped = int(self.lookup[number])
+                if 0 < mapped < len(counts):
+                    counts[mapped] += count
+                    lesion += count
+            counts[0] += max(voxels - lesion, 0)
+        return counts
+
+    def intensity_scale(self, modality: str) -> tuple[float, float]:
+        """(offset, factor) from normalised values of a sequence to intensities, averaged over training subjects."""
+        return self.normalisation.training_scale([s.statistics[modality] for s in self._subjects(self.split.train)])
+
+    def dataset(self, ids: Sequence[str], *, training: bool = False) -> CropDataset:
+        """Samples of these subjects: training crops with augmentation, or whole brains without."""
+        augment = None
+        if training and self.augmentation:
+            import torchio as tio
+
+            augment = tio.Compose(self.augmentation)
+        return CropDataset(
+            self._subjects(ids),
+            modalities=self.modalities,
+            lookup=self.lookup,
+            crop=self.sampling if training else self.whole,
+            normalisation=self.normalisation,
+            augment=augment,
+            seed=self.seed,
+        )
+
+    def _loader(
+        self, dataset: CropDataset, sampler: TrainingSampler | EvaluationSampler, batch_size: int
+    ) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        )
+
+    @property
+    def _ranks(self) -> dict[str, int]:
+        if self.trainer is None:
+            return {"rank": 0, "world_size": 1}
+        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+
+    def train_steps(self, world_size: int = 1) -> int:
+        """Optimizer steps of an epoch on each of ``world_size`` devices."""
+        return self.steps_per_epoch or max(1, -(-len(self.split.train) // (self.batch_size * world_size)))
+
+    def train_dataloader(self) -> DataLoader:
+        dataset = self.dataset(self.split.train, training=True)
+        samples = self.train_steps(self._ranks["world_size"]) * self.batch_size
+        sampler = TrainingSampler(len(dataset), samples=samples, seed=self.seed, **self._ranks)
+        return self._loader(dataset, sampler, self.batch_size)
+
+    def val_dataloader(self) -> DataLoader:
+        dataset = self.dataset(self.split.val)
+        return self._loader(dataset, EvaluationSampler(len(dataset), **self._ranks), 1)
+
+    def test_dataloader(self) -> DataLoader:
+        dataset = self.dataset(self.split.test)
+        return self._loader(dataset, EvaluationSampler(len(dataset), **self._ranks), 1)

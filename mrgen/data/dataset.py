@@ -1,0 +1,82 @@
+"""Samples of a prepared cohort: crop, normalise, augment."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mrgen.data.crops import Crop
+from mrgen.data.normalisation import Normalisation
+from mrgen.data.sampler import Key
+from mrgen.data.store import StoredSubject
+
+__all__ = ["CropDataset"]
+
+
+class CropDataset(Dataset):
+    """One crop of one subject a sample, in the form of ``mrgen.data.batch.Batch`` without the batch axis.
+
+    Args:
+        subjects: prepared subjects, all labelled.
+        modalities: sequences to read, in this order.
+        lookup: (256,) table from a cohort's own label numbers to class indices.
+        crop: chooses the box.
+        normalisation: applied with the subject's recorded statistics.
+        augment: a TorchIO transform of a ``torchio.Subject`` with ``image``, ``label`` and ``brain``, or None.
+        seed: with (epoch, index) it seeds the crop and the augmentation.
+    """
+
+    def __init__(
+        self,
+        subjects: Sequence[StoredSubject],
+        *,
+        modalities: Sequence[str],
+        lookup: np.ndarray,
+        crop: Crop,
+        normalisation: Normalisation,
+        augment: Callable[[Any], Any] | None = None,
+        seed: int = 0,
+    ):
+        self.subjects, self.modalities = list(subjects), tuple(modalities)
+        self.crop, self.normalisation, self.augment, self.seed = crop, normalisation, augment, seed
+        self.lookup = lookup.astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.subjects)
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        epoch, index, which = key
+        subject = self.subjects[which]
+        rng = np.random.default_rng([self.seed, epoch, index])
+        box = self.crop(subject, rng)
+        brain = torch.from_numpy(np.ascontiguousarray(subject.read_brain(box)))  # (X, Y, Z)
+        image = self.normalisation(
+            torch.from_numpy(subject.read_image(self.modalities, box)),
+            brain,
+            [subject.statistics[name] for name in self.modalities],
+        )  # (C, X, Y, Z)
+        label = torch.from_numpy(self.lookup[subject.read_label(box)])  # (X, Y, Z)
+        if self.augment is not None:
+            image, label, brain = self._augmented(image, label, brain, int(rng.integers(2**62)))
+        return {"image": image, "label": label, "brain": brain, "subject": subject.id}
+
+    def _augmented(self, image: Tensor, label: Tensor, brain: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        import torchio as tio
+
+        assert self.augment is not None
+        subject = tio.Subject(
+            image=tio.ScalarImage(tensor=image),
+            label=tio.LabelMap(tensor=label[None].to(torch.int16)),
+            brain=tio.LabelMap(tensor=brain[None].to(torch.uint8)),
+        )
+        with torch.random.fork_rng(devices=[]):  # TorchIO draws from torch's global generator
+            torch.manual_seed(seed)
+            subject = self.augment(subject)
+        return (
+            subject["image"].data.float().contiguous(),
+            subject["label"].data[0].long().contiguous(),
+            subject["brain"].data[0].bool().contiguous(),
+        )

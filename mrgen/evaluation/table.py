@@ -1,0 +1,55 @@
+"""A table of results: printed, and kept as CSV and Markdown."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Table", "write_rows"]
+
+
+@dataclass
+class Table:
+    """Rows of cells under named columns.
+
+    Attributes:
+        title: above the table.
+        columns: names; the first columns name the row, the others hold numbers.
+        rows: cells in the order of the columns, as strings.
+        notes: printed under the table: what was measured on whom, and by which rule.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: list[list[str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def show(self) -> None:
+        """Prints the table; outside a terminal it is as wide as it needs to be."""
+        from rich.console import Console
+        from rich.table import Table as RichTable
+
+        table = RichTable(title=self.title, caption="\n".join(self.notes), caption_justify="left")
+        for column in self.columns:
+            table.add_column(column, no_wrap=True)
+        for row in self.rows:
+            table.add_row(*row)
+        console = Console()
+        (console if console.is_terminal else Console(width=200)).print(table)
+
+    def markdown(self) -> str:
+        """The table as Markdown."""
+        lines = [f"### {self.title}", "", *(" | ".join(["", *cells, ""]).strip() for cells in [self.columns])]
+        lines.append("|" + " --- |" * len(self.columns))
+        lines += [" | ".join(["", *row, ""]).strip() for row in self.rows]
+        return "\n".join([*lines, "", *(f"{note}  " for note in self.notes), ""])
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One CSV line a mapping; columns are the union of the keys, in order of appearance."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)

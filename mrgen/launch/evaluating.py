@@ -1,0 +1,164 @@
+"""From run folders to a judgement: what ``mrgen-evaluate`` does."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig, OmegaConf
+
+from mrgen.data.datamodule import CohortDataModule
+from mrgen.errors import UserError
+from mrgen.evaluation.figures import swap_figure
+from mrgen.evaluation.swap import Swap, swap_table
+from mrgen.evaluation.table import write_rows
+from mrgen.launch.instantiate import plain
+from mrgen.launch.runs import Run, load_run
+from mrgen.launch.training import build_datamodule, build_trainer
+from mrgen.protocols import Segmenter, Synthesizer
+
+__all__ = ["evaluate_swap"]
+
+
+def evaluate_swap(conf: DictConfig, out_dir: Path) -> Path:
+    """The swap of ``experiment=rsnet/swap``.
+
+    Args:
+        conf: composed config of ``conf/evaluate.yaml``.
+        out_dir: folder for ``table.md``, ``table.csv`` (means), ``subjects.csv`` and ``figure.png``.
+
+    Returns:
+        ``out_dir``.
+
+    Raises:
+        UserError: runs that do not fit together, or an evaluated subject that one of them was trained on.
+    """
+    if not conf.runs:
+        raise UserError("runs is empty; give the folders of the runs to judge: runs=[RUN,RUN]")
+    segmenter = load_run(conf.segmenter)
+    if not isinstance(segmenter.model, Segmenter) or isinstance(segmenter.model, Synthesizer):
+        raise UserError(
+            f"segmenter={conf.segmenter} is a {type(segmenter.model).__name__}; expected a segmenter such as S-Net"
+        )
+    runs = [load_run(path) for path in conf.runs]
+    synthesizers = _named(runs, segmenter)
+    datamodule = _datamodule(conf, segmenter)
+    ids = datamodule.split.test
+    notes = [f"Subjects: the {conf.subjects} part of the segmenter's split, {datamodule.store.path.name}."]
+    notes += _check_leaks(datamodule, [segmenter, *runs], ids)
+
+    pl.seed_everything(conf.seed, verbose=False)
+    swap = Swap(
+        segmenter=segmenter.model,
+        synthesizers=synthesizers,
+        modalities=datamodule.modalities,
+        regions=datamodule.store.layout.regions,
+        pictured=_pictured(datamodule),
+    )
+    trainer = build_trainer(conf.trainer, out_dir, callbacks=[], loggers=[])
+    trainer.test(swap, datamodule=datamodule, verbose=False)
+    if not trainer.is_global_zero:
+        return out_dir
+
+    title = "SMOKE RUN, not a result: swap" if conf.smoke else "Swap"
+    regions = [name for name in plain(conf.evaluation.regions) if name in datamodule.store.layout.regions]
+    table = swap_table(
+        swap.rows,
+        regions=regions or list(datamodule.store.layout.regions),
+        title=title,
+        paper=plain(conf.evaluation.paper) if regions else None,
+        notes=notes,
+    )
+    out_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(plain(conf)), out_dir / "config.yaml")
+    write_rows(out_dir / "subjects.csv", swap.rows)
+    write_rows(out_dir / "table.csv", [dict(zip(table.columns, row, strict=True)) for row in table.rows])
+    (out_dir / "table.md").write_text(table.markdown(), encoding="utf-8")
+    swap_figure(swap.slices, out_dir / "figure.png", title=f"{title}, {swap.pictured}")
+    table.show()
+    return out_dir
+
+
+def _named(runs: list[Run], segmenter: Run) -> dict[str, Any]:
+    """Row names ``target/method`` of the runs, the scale of each checked against the segmenter's."""
+    named: dict[str, Any] = {}
+    scale = segmenter.description["data"]["normalisation"]
+    for run in runs:
+        if not isinstance(run.model, Synthesizer):
+            raise UserError(f"{run.path} is a {type(run.model).__name__}, which synthesises nothing")
+        target = run.model.targets[0]
+        needed = {*run.model.sources, target}
+        if target not in segmenter.model.sources or not needed <= set(segmenter.description["data"]["modalities"]):
+            have = ", ".join(segmenter.description["data"]["modalities"])
+            raise UserError(
+                f"{run.path} makes {target} from {', '.join(run.model.sources)}; the segmenter was trained on {have}"
+            )
+        if run.description["data"]["normalisation"] != scale:
+            raise UserError(
+                f"{run.path} was trained with {run.description['data']['normalisation']}, the segmenter with {scale}; "
+                "a swap needs both on one scale"
+            )
+        method = str(run.conf.name).removesuffix(f"-{target}")
+        name, count = f"{target}/{method}", 2
+        while name in named:  # several seeds of one method
+            name, count = f"{target}/{method}#{count}", count + 1
+        named[name] = run.model
+    return named
+
+
+def _datamodule(conf: DictConfig, segmenter: Run) -> CohortDataModule:
+    """Whole brains of the evaluated subjects, as the segmenter was trained to see them."""
+    ids = {"test": segmenter.split.test, "val": segmenter.split.val}.get(conf.subjects)
+    if ids is None:
+        raise UserError(f"subjects is {conf.subjects}; expected test or val")
+    if not ids:
+        other = "val" if conf.subjects == "test" else "test"
+        raise UserError(
+            f"{segmenter.path}: its split has no {conf.subjects} subjects; "
+            f"choose subjects={other}, or train with data.split.{conf.subjects} above 0"
+        )
+    changes: dict[str, Any] = {
+        "sampling": {"_target_": "mrgen.data.crops.BrainBox", "divisor": int(segmenter.conf.data.sampling.divisor)},
+        "split": {"kind": "file", "file": str(segmenter.path / "split.json")},
+        "augmentation": [],
+    }
+    if conf.store:
+        changes["store"] = conf.store
+    datamodule = build_datamodule(segmenter.conf.data, **changes)
+    datamodule.split = dataclasses.replace(datamodule.split, test=ids, val=())
+    return datamodule
+
+
+def _check_leaks(datamodule: CohortDataModule, runs: list[Run], ids: tuple[str, ...]) -> list[str]:
+    """Refuses subjects whose patient a run was trained on; says where one served to select a checkpoint."""
+    notes = []
+    subjects = datamodule.store.subjects
+    evaluated = {subjects[id].patient for id in ids}
+    for run in runs:
+        seen: Mapping[str, set[str]] = {
+            part: {subjects[id].patient for id in getattr(run.split, part) if id in subjects}
+            for part in ("train", "val")
+        }
+        if leaked := sorted(evaluated & seen["train"]):
+            raise UserError(
+                f"{run.path} was trained on {len(leaked)} of the {len(evaluated)} patients to evaluate "
+                f"({', '.join(leaked[:3])}{' …' if len(leaked) > 3 else ''}); "
+                "train all runs with one split: data.split.kind=file data.split.file=RUN/split.json"
+            )
+        if chosen := evaluated & seen["val"]:
+            notes.append(f"Optimistic: {len(chosen)} of these subjects chose the checkpoint of {run.path.name}.")
+    return notes
+
+
+def _pictured(datamodule: CohortDataModule) -> str:
+    """The evaluated subject with the most enhancing tumour, or lesion where nothing enhances."""
+
+    def lesion(id: str) -> tuple[int, int]:
+        counts = datamodule.store.subjects[id].label_counts or {}
+        mapped: dict[int, int] = {}
+        for number, count in counts.items():
+            mapped[int(datamodule.lookup[number])] = mapped.get(int(datamodule.lookup[number]), 0) + count
+        return mapped.get(3, 0), sum(count for number, count in mapped.items() if 0 < number < 255)
+
+    return max(datamodule.split.test, key=lesion)

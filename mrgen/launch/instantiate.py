@@ -1,0 +1,86 @@
+"""Objects from configuration, with the constructor's signature as the schema."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import hydra
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, get_method
+from omegaconf import DictConfig, OmegaConf
+
+from mrgen.errors import UserError
+
+__all__ = ["instantiate", "instantiate_mrgen", "plain"]
+
+
+def plain(conf: Any) -> Any:
+    """Resolved plain containers, which a checkpoint can hold."""
+    return OmegaConf.to_container(conf, resolve=True) if OmegaConf.is_config(conf) else conf
+
+
+def instantiate(conf: DictConfig | Mapping[str, Any], **extra: Any) -> Any:
+    """``hydra.utils.instantiate`` that names the valid keys when one is misspelt.
+
+    Args:
+        conf: mapping with a ``_target_``.
+        **extra: further arguments.
+
+    Raises:
+        UserError: an unknown target or key, a missing key, or a value that the constructor refuses.
+    """
+    conf = plain(conf)
+    _check(conf)
+    try:
+        return hydra.utils.instantiate(conf, **extra, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from None
+        if isinstance(cause, (ValueError, TypeError)):  # the constructor's own check
+            raise UserError(f"{conf['_target_']}: {cause}") from error
+        raise
+
+
+def instantiate_mrgen(conf: Mapping[str, Any], **extra: Any) -> Any:
+    """Like ``instantiate`` for what a checkpoint says: anything outside ``mrgen.`` is refused."""
+
+    def check(node: Any) -> None:
+        if isinstance(node, Mapping):
+            target = node.get("_target_", "mrgen.")
+            if not (isinstance(target, str) and target.startswith("mrgen.")):
+                raise UserError(
+                    f"the checkpoint asks for {target!r}; only mrgen's own classes are built from a checkpoint"
+                )
+            for value in node.values():
+                check(value)
+        elif isinstance(node, Sequence) and not isinstance(node, str):
+            for value in node:
+                check(value)
+
+    check(plain(conf))
+    return instantiate(conf, **extra)
+
+
+def _check(node: Any) -> None:
+    """Compares the keys of every ``_target_`` below ``node`` with the target's signature."""
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            target = str(node["_target_"])
+            try:
+                called = get_class(target) if target.rpartition(".")[2][:1].isupper() else get_method(target)
+            except Exception as error:
+                raise UserError(f"_target_ {target} cannot be imported: {error}") from error
+            parameters = inspect.signature(called).parameters
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+                valid = [name for name in parameters if name != "self"]
+                given = [
+                    key for key in node if key not in ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
+                ]
+                if unknown := [key for key in given if key not in valid]:
+                    raise UserError(f"{target} has no {', '.join(unknown)}; valid keys: {', '.join(valid)}")
+        for value in node.values():
+            _check(value)
+    elif isinstance(node, list):
+        for value in node:
+            _check(value)

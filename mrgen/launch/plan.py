@@ -1,0 +1,121 @@
+"""``plan=true``: what a run will cost, without training it."""
+
+import time
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from mrgen.errors import UserError
+from mrgen.launch.instantiate import instantiate, plain
+from mrgen.launch.training import build_datamodule, choose_precision, fill_from_store
+
+__all__ = ["plan", "show"]
+
+
+def plan(conf: DictConfig) -> dict[str, Any]:
+    """Parameters, memory, steps and a duration estimate of a preset at its full size.
+
+    One training step runs on the meta device, which computes shapes and no numbers: what autograd keeps is the
+    activation memory, and the counted operations over this machine's measured rate give the time. Without a prepared
+    store the crop is ``data.sampling.size`` or, for whole brains, RS-Net's 184 × 200 × 152, and the number of training
+    subjects is unknown.
+
+    Returns:
+        ``parameters``, ``crop`` (voxels), ``memory_gib`` of one step, ``steps_per_epoch``, ``epochs``, ``steps``,
+        ``teraflop_per_step`` and ``hours`` (None where the store is missing).
+    """
+    try:
+        fill_from_store(conf)
+        datamodule = build_datamodule(conf.data)
+        crop, steps = datamodule.sampling.size, datamodule.train_steps(max(1, int(conf.trainer.get("devices", 1) or 1)))
+    except UserError as error:
+        if "mrgen-prepare" not in str(error):  # anything but a store that is not there yet
+            raise
+        crop, steps = plain(conf.data.sampling).get("size") or (184, 200, 152), conf.data.steps_per_epoch
+    precision = choose_precision(conf.trainer.precision, conf.trainer.accelerator)
+    model = instantiate(conf.model)
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model.to("meta")
+
+    shape = (conf.data.batch_size, *crop)
+    batch = {
+        "image": torch.empty(shape[0], len(conf.data.modalities), *crop, device="meta"),
+        "label": torch.zeros(shape, dtype=torch.int64, device="meta"),
+        "brain": torch.ones(shape, dtype=torch.bool, device="meta"),
+        "subject": [""] * shape[0],
+    }
+    kept: dict[int, Tensor] = {}  # by identity: a tensor that two layers keep counts once
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.device.type == "meta":
+            kept[id(tensor.untyped_storage())] = tensor
+        return tensor
+
+    half = "bf16" in precision
+    counter = FlopCounterMode(display=False)
+    with (
+        counter,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+        torch.autocast("cuda", torch.bfloat16, half),
+    ):
+        weights = torch.ones(len(conf.data.layout.classes[conf.data.labels]), device="meta")
+        loss = model.losses(batch, weights)["loss"]
+        activations = sum(t.numel() * t.element_size() for t in kept.values())
+        loss.backward()
+    if half:  # meta tensors do not follow autocast everywhere: what convolutions keep is in half precision
+        activations //= 2
+    operations = counter.get_total_flops()
+    epochs = int(conf.trainer.max_epochs)
+    hours = None if steps is None else steps * epochs * operations / _rate(half) / 3600
+    return {
+        "parameters": parameters,
+        "crop": tuple(int(n) for n in crop),
+        "precision": precision,
+        "memory_gib": (16 * parameters + activations) / 2**30,  # weights, gradients and Adam's two moments in float32
+        "steps_per_epoch": steps,
+        "epochs": epochs,
+        "steps": None if steps is None else steps * epochs,
+        "teraflop_per_step": operations / 1e12,
+        "hours": hours,
+    }
+
+
+def _rate(half: bool) -> float:
+    """Operations a second of 3D convolutions, forward and backward, on the device that training would use."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layer = torch.nn.Sequential(
+        torch.nn.Conv3d(16, 16, 3, padding=1, bias=False), torch.nn.InstanceNorm3d(16), torch.nn.LeakyReLU(inplace=True)
+    ).to(device)
+    x = torch.randn(1, 16, 32, 32, 32, device=device, requires_grad=True)
+    operations, best = 3 * 2 * 16 * 16 * 27 * 32**3, float("inf")
+    for _ in range(4):  # the first is a warm-up, the best of the others counts
+        start = time.perf_counter()
+        with torch.autocast(device, torch.bfloat16, half):
+            loss = layer(x).float().mean()
+        loss.backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return operations / best
+
+
+def show(name: str, result: dict[str, Any]) -> None:
+    """Prints a plan."""
+    table = Table(title=f"plan of {name}", show_header=False)
+    hours = result["hours"]
+    table.add_row("parameters", f"{result['parameters']:,}")
+    table.add_row("crop", " × ".join(map(str, result["crop"])))
+    table.add_row("precision", result["precision"])
+    table.add_row("memory of a step", f"about {result['memory_gib']:.1f} GiB")
+    steps = "unknown: prepare the cohort, or set data.steps_per_epoch"
+    if result["steps"] is not None:
+        steps = f"{result['steps']:,} = {result['epochs']} epochs × {result['steps_per_epoch']}"
+    table.add_row("steps", steps)
+    table.add_row("work of a step", f"{result['teraflop_per_step']:.3f} TFLOP")
+    table.add_row("duration", "unknown" if hours is None else f"about {hours:.1f} hours on this machine")
+    Console().print(table)

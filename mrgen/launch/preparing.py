@@ -1,0 +1,54 @@
+"""What ``mrgen-prepare`` does: grow the phantom where the cohort is one, check, prepare, report."""
+
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+from rich.console import Console
+
+from mrgen.data.layouts import Layout
+from mrgen.data.phantom import grow_cohort
+from mrgen.data.preparation import Report, prepare_cohort, render
+from mrgen.errors import UserError
+from mrgen.launch.instantiate import plain
+from mrgen.launch.paths import CONF_DIR
+
+__all__ = ["prepare"]
+
+
+def prepare(conf: DictConfig) -> Report:
+    """Prepares the cohort of ``conf.data``.
+
+    Args:
+        conf: composed config of ``conf/prepare.yaml``.
+
+    Returns:
+        What was done. The process ends with exit code 1 where subjects were left out and ``strict`` holds.
+    """
+    # The other keys of the group are training's, and may refer to what only mrgen-train composes.
+    data = {key: plain(conf.data.get(key)) for key in ("root", "store", "layout", "modalities", "phantom")}
+    if not data.get("root"):
+        raise UserError("data.root is not set; give the folder of the raw cohort: data.root=/data/…")
+    layout = Layout.from_conf(data["layout"])
+    root = Path(data["root"]).expanduser()
+    if phantom := data.get("phantom"):
+        grow_cohort(root, layout=layout.name, sequences=data["modalities"], workers=conf.workers, **phantom)
+    report = prepare_cohort(
+        layout,
+        root,
+        None if conf.check else Path(data["store"]).expanduser(),
+        modalities=data["modalities"],
+        workers=conf.workers,
+        check=conf.check,
+        strict=conf.strict,
+        known_layouts={
+            file.stem: Layout.from_conf(file) for file in sorted((CONF_DIR / "data" / "layout").glob("*.yaml"))
+        },
+    )
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(render(report))
+    if report.store is not None:
+        print(f"store: {report.store}")
+    if report.exit_code:
+        sys.exit(report.exit_code)
+    return report

@@ -1,0 +1,78 @@
+"""Finished runs, read back: the model as it was trained, its data config and its split."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning import LightningModule
+
+from mrgen.callbacks.provenance import KEY
+from mrgen.data.splits import Split
+from mrgen.errors import UserError
+from mrgen.launch.instantiate import instantiate_mrgen
+from mrgen.launch.status import read_status
+
+__all__ = ["Run", "load_run"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder.
+
+    Attributes:
+        path: the folder.
+        checkpoint: the file that was loaded.
+        model: the trained module, in eval mode, its parameters frozen.
+        description: what the checkpoint says of model and data.
+        conf: the resolved config.
+        split: who was trained on.
+    """
+
+    path: Path
+    checkpoint: Path
+    model: LightningModule
+    description: dict[str, Any]
+    conf: DictConfig
+    split: Split
+
+
+def load_run(path: str | Path) -> Run:
+    """Loads a run.
+
+    Args:
+        path: a run folder (its best checkpoint is taken, or the last where the run had no validation) or a checkpoint
+            file inside one.
+
+    Raises:
+        UserError: nothing there, a run that never saved, or a file that is no checkpoint of mrgen.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        folder, candidates = path, [path / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
+        checkpoint = next((file for file in candidates if file.is_file()), None)
+        if checkpoint is None:
+            status = read_status(path)
+            said = f"its status is {status['state']}: {status.get('reason', '')}" if status else "it is no run folder"
+            raise UserError(f"{path}: no checkpoints/best.ckpt or last.ckpt; {said}")
+    elif path.is_file():
+        checkpoint, folder = path, path.parents[1]
+    else:
+        raise UserError(f"{path}: no such run folder or checkpoint")
+    for needed in ("config.yaml", "split.json"):
+        if not (folder / needed).is_file():
+            raise UserError(
+                f"{folder}: no {needed}; expected the folder that mrgen-train wrote around {checkpoint.name}"
+            )
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        description = content[KEY]
+    except Exception as error:  # corrupt, truncated, foreign, or holding more than plain containers
+        raise UserError(f"{checkpoint}: cannot be read as a checkpoint of mrgen ({type(error).__name__})") from error
+    model = instantiate_mrgen(description["model"])
+    model.load_state_dict(content["state_dict"])
+    model.eval().requires_grad_(False)
+    conf = OmegaConf.load(folder / "config.yaml")
+    assert isinstance(conf, DictConfig)
+    return Run(folder, checkpoint, model, description, conf, Split.load(folder / "split.json"))

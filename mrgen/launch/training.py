@@ -1,0 +1,200 @@
+"""From a resolved config to a finished run folder."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.loggers import Logger
+
+from mrgen import __version__
+from mrgen.callbacks.console import EpochLine
+from mrgen.callbacks.determinism import SeedSteps
+from mrgen.callbacks.provenance import Provenance
+from mrgen.data.datamodule import CohortDataModule
+from mrgen.data.store import Store
+from mrgen.errors import UserError
+from mrgen.launch.csv_logger import CsvLogger
+from mrgen.launch.instantiate import instantiate, plain
+from mrgen.launch.status import recorded, write_json
+from mrgen.launch.tracking import finish_wandb, wandb_logger
+
+__all__ = ["build_datamodule", "build_trainer", "fill_from_store", "train"]
+
+# Keys of the group ``data`` that mrgen-prepare reads; the rest are the datamodule's arguments.
+PREPARATION = ("name", "root", "layout", "phantom")
+
+
+def fill_from_store(conf: DictConfig) -> None:
+    """The prepared store is the truth: its layout replaces the config's; its sequences where none are given."""
+    store = Store(Path(conf.data.store))
+    with open_dict(conf.data):
+        conf.data.layout = store.layout.to_conf()
+        if conf.data.modalities is None:
+            conf.data.modalities = list(store.modalities)
+
+
+def build_datamodule(data: DictConfig | dict[str, Any], **changes: Any) -> CohortDataModule:
+    """The datamodule of a ``data`` config; ``changes`` replace its arguments."""
+    settings = {key: value for key, value in plain(data).items() if key not in PREPARATION} | changes
+    return instantiate({"_target_": "mrgen.data.datamodule.CohortDataModule", **settings})
+
+
+def choose_precision(asked: str, accelerator: str) -> str:
+    """``auto`` becomes bf16-mixed where the GPU or the processor computes in bf16, 32-true elsewhere."""
+    if asked != "auto":
+        return asked
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    # Processors without AVX512-BF16 or AMX emulate bf16 and are slower with it.
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    native = native or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return "bf16-mixed" if native else "32-true"
+
+
+def quiet() -> None:
+    """Silences what Lightning says in every run and no user can act on."""
+    import logging
+    import warnings
+
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for part in (
+        "isinstance.treespec, LeafSpec",
+        "does not have many workers",
+        "smaller than the logging interval",
+        "exists and is not empty",
+        "srun. command is available",
+    ):
+        warnings.filterwarnings("ignore", f".*{part}.*")
+
+
+def build_trainer(conf: DictConfig, run_dir: Path, *, callbacks: list[Callback], loggers: list[Logger]) -> pl.Trainer:
+    """A Lightning trainer from the ``trainer`` config; its keys are Lightning's own."""
+    quiet()
+    settings = plain(conf)
+    settings["precision"] = choose_precision(settings.get("precision", "auto"), settings.get("accelerator", "auto"))
+    if sys.stdout.isatty():
+        callbacks = [*callbacks, RichProgressBar(leave=False)]
+    elif settings.get("enable_progress_bar", True):  # a log file: one line an epoch instead of a moving bar
+        settings["enable_progress_bar"] = False
+        callbacks = [*callbacks, EpochLine()]
+    return instantiate(
+        {"_target_": "pytorch_lightning.Trainer", **settings},
+        default_root_dir=str(run_dir),
+        callbacks=callbacks,
+        logger=loggers or False,
+        use_distributed_sampler=False,  # ours know their rank
+        enable_model_summary=False,
+    )
+
+
+def _describe(conf: DictConfig, datamodule: CohortDataModule) -> dict[str, Any]:
+    """What a checkpoint must say to be used without this run's folder: plain containers only."""
+    return {
+        "version": __version__,
+        "model": plain(conf.model),
+        "data": {
+            "modalities": list(datamodule.modalities),
+            "labels": conf.data.labels,
+            "classes": list(datamodule.classes),
+            "normalisation": plain(conf.data.normalisation),
+            "intensity_scale": {name: list(datamodule.intensity_scale(name)) for name in datamodule.modalities},
+        },
+    }
+
+
+def train(conf: DictConfig, run_dir: Path) -> Path:
+    """Trains one preset.
+
+    Args:
+        conf: composed config of ``conf/train.yaml``.
+        run_dir: the run's folder, which exists.
+
+    Returns:
+        The run's folder, with ``config.yaml`` (resolved), ``split.json``, ``metrics.csv``, ``status.json`` and
+        ``checkpoints/{best,last}.ckpt``.
+    """
+    with recorded(run_dir, command="mrgen-train"):
+        return _train(conf, run_dir)
+
+
+def _train(conf: DictConfig, run_dir: Path) -> Path:
+    last = run_dir / "checkpoints" / "last.ckpt"
+    if conf.resume and last.is_file():
+        resumed_step = int(torch.load(last, weights_only=True, map_location="cpu")["global_step"])
+    elif last.is_file():
+        raise UserError(
+            f"{run_dir} holds a finished or interrupted run; give another folder, or go on with resume={run_dir}"
+        )
+    else:
+        resumed_step = -1
+
+    fill_from_store(conf)
+    OmegaConf.save(OmegaConf.create(plain(conf)), run_dir / "config.yaml")
+    pl.seed_everything(conf.seed, verbose=False)
+    datamodule = build_datamodule(conf.data)
+    model = instantiate(conf.model)
+    shapes = [datamodule.sampling.size, datamodule.whole.size]
+    if any(n % model.divisor for shape in shapes for n in shape or ()):
+        raise UserError(
+            f"crops are {shapes[0]} and {shapes[1]} voxels and the network needs multiples of {model.divisor}; "
+            f"set data.sampling.divisor={model.divisor}"
+        )
+    datamodule.split.save(run_dir / "split.json")
+    write_json(run_dir / "environment.json", _environment())
+
+    csv = CsvLogger(run_dir / "metrics.csv")
+    if resumed_step >= 0:
+        csv.go_on_from(resumed_step)
+    loggers: list[Logger] = [csv]
+    if conf.tracking.wandb:
+        loggers.append(
+            wandb_logger(
+                run_dir,
+                project=conf.tracking.project,
+                name=conf.name,
+                group=conf.tracking.group,
+                config=plain(conf),
+            )
+        )
+    checkpoints = run_dir / "checkpoints"
+    callbacks: list[Callback] = [
+        SeedSteps(conf.seed),
+        Provenance(_describe(conf, datamodule)),
+        LearningRateMonitor("epoch"),
+        ModelCheckpoint(checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False),
+    ]
+    if datamodule.split.val:
+        best = ModelCheckpoint(checkpoints, "best", monitor="val/loss", mode="min", enable_version_counter=False)
+        callbacks.append(best)
+    trainer = build_trainer(conf.trainer, run_dir, callbacks=callbacks, loggers=loggers)
+    if not datamodule.split.val:
+        trainer.limit_val_batches = 0
+    failed = True
+    try:
+        trainer.fit(model, datamodule=datamodule, ckpt_path=last if resumed_step >= 0 else None, weights_only=True)
+        failed = False
+    finally:
+        if conf.tracking.wandb:
+            finish_wandb(run_dir, failed=failed)
+    return run_dir
+
+
+def _environment() -> dict[str, Any]:
+    """Versions and hardware, for whoever repeats the run."""
+    import platform
+    from importlib.metadata import version
+
+    packages = ("mrgen", "torch", "pytorch-lightning", "torchio", "monai", "numpy", "hydra-core")
+    return {
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }

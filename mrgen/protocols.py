@@ -1,0 +1,70 @@
+"""What lets the methods meet: the small protocols that every synthesis or segmentation system answers.
+
+Volumes travel as a mapping from sequence name to a tensor (B, 1, X, Y, Z), float32, in the scale of the method's own
+normalisation. Nothing here imports mrgen.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+__all__ = ["Generator", "Segmentation", "Segmenter", "Synthesis", "Synthesizer", "Volumes"]
+
+Volumes = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """A synthesised sequence.
+
+    Attributes:
+        mean: (B, 1, X, Y, Z), the synthesis.
+        variance: the same shape, the variance over Monte Carlo samples, or None where the method has none.
+        scale: what the numbers are, the name of a normalisation (``zscore`` …). Two methods share a scale when the
+            names are equal.
+    """
+
+    mean: Tensor
+    variance: Tensor | None
+    scale: str
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """A segmentation.
+
+    Attributes:
+        labels: (B, X, Y, Z) int64, the most probable class.
+        probabilities: (B, C, X, Y, Z), sum to 1 over C.
+    """
+
+    labels: Tensor
+    probabilities: Tensor
+
+
+@runtime_checkable
+class Synthesizer(Protocol):
+    """Makes ``targets`` from ``sources``."""
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+
+    def synthesize(self, volumes: Volumes) -> Synthesis: ...
+
+
+@runtime_checkable
+class Segmenter(Protocol):
+    """Labels every voxel from ``sources``."""
+
+    sources: tuple[str, ...]
+
+    def segment(self, volumes: Volumes) -> Segmentation: ...
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """Makes whole subjects: ``generate`` yields one at a time, all of its sequences registered."""
+
+    def generate(self, labels: Any, seed: int) -> Iterator[Any]: ...

@@ -1,0 +1,31 @@
+"""``mrgen-train``: a preset becomes a run folder with checkpoint, metrics, config and status."""
+
+from omegaconf import DictConfig
+
+from mrgen.launch.app import run_app
+
+
+def task(conf: DictConfig) -> None:
+    """Trains, or plans with ``plan=true``."""
+    from pathlib import Path
+
+    from hydra.core.hydra_config import HydraConfig
+
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    if conf.plan:
+        from mrgen.launch.plan import plan, show
+
+        show(conf.name, plan(conf))
+        return
+    from mrgen.launch.training import train
+
+    print(f"run: {train(conf, run_dir)}")
+
+
+def main() -> None:
+    """Console script."""
+    run_app("train", task)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Fixtures that several test modules share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def scans() -> Path:
+    """The folder of real scans, for tests that need them."""
+    folder = os.environ.get("MRGEN_SCANS")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("MRGEN_SCANS does not name a folder of real scans")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def phantom_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared phantom: 8 tumour subjects at 5 mm, written in the BraTS 2019 layout and read back."""
+    from mrgen.data.layouts import Layout
+    from mrgen.data.phantom import grow_cohort
+    from mrgen.data.preparation import prepare_cohort
+    from mrgen.launch.paths import CONF_DIR
+
+    folder = tmp_path_factory.mktemp("phantom")
+    grow_cohort(folder / "cohort", layout="brats2019", subjects=8, spacing=5, seed=0, workers=2)
+    layout = Layout.from_conf(CONF_DIR / "data" / "layout" / "brats2019.yaml")
+    report = prepare_cohort(layout, folder / "cohort", folder / "store", workers=0, progress=False)
+    assert not report.problems, report.problems
+    return folder / "store"
