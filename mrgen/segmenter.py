@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from mrgen.data.batch import Batch, volumes
 from mrgen.losses.segmentation import class_weights, weighted_cross_entropy
+from mrgen.metrics.means import SubjectMeans
 from mrgen.metrics.segmentation import region_dice
 from mrgen.protocols import Segmentation, Volumes
 
@@ -55,9 +55,10 @@ class SegmenterModule(LightningModule):
         self.regions = {name: list(members) for name, members in regions.items()}
         self.weight_decay_rate, self.weight_cap = weight_decay_rate, weight_cap
         self.lr, self.betas, self.lr_step, self.lr_gamma = lr, (betas[0], betas[1]), lr_step, lr_gamma
+        self.class_counts: Tensor
         self.register_buffer("class_counts", torch.ones(len(classes)), persistent=False)
         names = ["loss", *(f"dice_{region}" for region in self.regions)]
-        self.val_means = nn.ModuleDict({name: MeanMetric(nan_strategy="ignore") for name in names})
+        self.val_means = SubjectMeans(names)
 
     def forward(self, volumes: Volumes) -> Tensor:
         """Class logits (B, C, X, Y, Z)."""
@@ -83,14 +84,12 @@ class SegmenterModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         losses = self.losses(batch, weights=None)  # uniform: epochs compare whatever the schedule of the weights
-        self.val_means["loss"].update(losses["loss"])
-        for region, value in region_dice(losses["logits"].argmax(dim=1), batch["label"], self.regions).items():
-            self.val_means[f"dice_{region}"].update(value)
+        dice = region_dice(losses["logits"].argmax(dim=1), batch["label"], self.regions)
+        self.val_means.add({"loss": losses["loss"], **{f"dice_{region}": value for region, value in dice.items()}})
 
     def on_validation_epoch_end(self) -> None:
-        for name, metric in self.val_means.items():
-            self.log(f"val/{name}", metric.compute(), prog_bar=name == "loss")
-            metric.reset()
+        for name, mean in self.val_means.take().items():
+            self.log(f"val/{name}", mean, prog_bar=name == "loss")
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, betas=self.betas)

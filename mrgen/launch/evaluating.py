@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
@@ -83,13 +83,14 @@ def evaluate_swap(conf: DictConfig, out_dir: Path) -> Path:
 def _named(runs: list[Run], segmenter: Run) -> dict[str, Any]:
     """Row names ``target/method`` of the runs, the scale of each checked against the segmenter's."""
     named: dict[str, Any] = {}
+    sources = cast(Segmenter, segmenter.model).sources
     scale = segmenter.description["data"]["normalisation"]
     for run in runs:
         if not isinstance(run.model, Synthesizer):
             raise UserError(f"{run.path} is a {type(run.model).__name__}, which synthesises nothing")
         target = run.model.targets[0]
         needed = {*run.model.sources, target}
-        if target not in segmenter.model.sources or not needed <= set(segmenter.description["data"]["modalities"]):
+        if target not in sources or not needed <= set(segmenter.description["data"]["modalities"]):
             have = ", ".join(segmenter.description["data"]["modalities"])
             raise UserError(
                 f"{run.path} makes {target} from {', '.join(run.model.sources)}; the segmenter was trained on {have}"

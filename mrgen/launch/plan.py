@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -15,6 +15,17 @@ from mrgen.launch.instantiate import instantiate, plain
 from mrgen.launch.training import build_datamodule, choose_precision, fill_from_store
 
 __all__ = ["plan", "show"]
+
+FULL_SIZE = (184, 200, 152)  # RS-Net's crop of a BraTS volume at 1 mm
+
+
+def _devices(devices: Any) -> int:
+    """How many processes Lightning's ``trainer.devices`` means on this machine."""
+    if isinstance(devices, int) and devices > 0:
+        return devices
+    if isinstance(devices, list | ListConfig):
+        return len(devices)
+    return max(1, torch.cuda.device_count())  # auto or -1
 
 
 def plan(conf: DictConfig) -> dict[str, Any]:
@@ -32,11 +43,12 @@ def plan(conf: DictConfig) -> dict[str, Any]:
     try:
         fill_from_store(conf)
         datamodule = build_datamodule(conf.data)
-        crop, steps = datamodule.sampling.size, datamodule.train_steps(max(1, int(conf.trainer.get("devices", 1) or 1)))
+        crop = datamodule.sampling.size or FULL_SIZE
+        steps: int | None = datamodule.train_steps(_devices(conf.trainer.devices))
     except UserError as error:
         if "mrgen-prepare" not in str(error):  # anything but a store that is not there yet
             raise
-        crop, steps = plain(conf.data.sampling).get("size") or (184, 200, 152), conf.data.steps_per_epoch
+        crop, steps = plain(conf.data.sampling).get("size") or FULL_SIZE, conf.data.steps_per_epoch
     precision = choose_precision(conf.trainer.precision, conf.trainer.accelerator)
     model = instantiate(conf.model)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -58,16 +70,12 @@ def plan(conf: DictConfig) -> dict[str, Any]:
 
     half = "bf16" in precision
     counter = FlopCounterMode(display=False)
-    with (
-        counter,
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
-        torch.autocast("cuda", torch.bfloat16, half),
-    ):
+    with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         weights = torch.ones(len(conf.data.layout.classes[conf.data.labels]), device="meta")
         loss = model.losses(batch, weights)["loss"]
         activations = sum(t.numel() * t.element_size() for t in kept.values())
         loss.backward()
-    if half:  # meta tensors do not follow autocast everywhere: what convolutions keep is in half precision
+    if half:  # autocast does not know the meta device; under it the layers keep their tensors in half precision
         activations //= 2
     operations = counter.get_total_flops()
     epochs = int(conf.trainer.max_epochs)

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule
-from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torch import Tensor
 
 from mrgen.data.batch import Batch, volumes
 from mrgen.losses.reconstruction import weighted_mse
 from mrgen.losses.segmentation import class_weights, weighted_cross_entropy
+from mrgen.metrics.means import SubjectMeans
 from mrgen.metrics.reconstruction import mse
 from mrgen.metrics.segmentation import region_dice
 from mrgen.nets.unet3d import RegressionBlock, SegmentationBlock, UNet3d
@@ -96,11 +96,11 @@ class RSNet(LightningModule):
         self.divisor = self.unet.divisor
 
         # Voxels of each class in the training set; uniform until the datamodule is known.
+        self.class_counts: Tensor
         self.register_buffer("class_counts", torch.ones(len(classes)), persistent=False)
         names = ["loss", "synthesis", "mse_brain", "mse_tumour"]
         names += ["segmentation", *(f"dice_{region}" for region in self.regions)] if segment else []
-        # torchmetrics sums numerators and counts over ranks, so that every subject weighs the same under DDP.
-        self.val_means = nn.ModuleDict({name: MeanMetric(nan_strategy="ignore") for name in names})
+        self.val_means = SubjectMeans(names)
 
     # ----- the network -------------------------------------------------------------------------------------------
 
@@ -161,13 +161,11 @@ class RSNet(LightningModule):
         if "logits" in losses:
             dice = region_dice(losses["logits"].argmax(dim=1), batch["label"], self.regions)
             values |= {f"dice_{region}": value for region, value in dice.items()}
-        for name, value in values.items():
-            self.val_means[name].update(value)
+        self.val_means.add(values)
 
     def on_validation_epoch_end(self) -> None:
-        for name, metric in self.val_means.items():
-            self.log(f"val/{name}", metric.compute(), prog_bar=name == "loss")
-            metric.reset()
+        for name, mean in self.val_means.take().items():
+            self.log(f"val/{name}", mean, prog_bar=name == "loss")
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, betas=self.betas)
