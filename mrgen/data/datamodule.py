@@ -96,13 +96,14 @@ class CohortDataModule(LightningDataModule):
         voxels = self.whole.size[0] * self.whole.size[1] * self.whole.size[2]
         for subject in self._subjects(self.split.train):
             assert subject.label_counts is not None
-            lesion = 0
+            background = voxels
             for number, count in subject.label_counts.items():
                 mapped = int(self.lookup[number])
+                if mapped > 0:  # ignored voxels are of no class, and no background either
+                    background -= count
                 if 0 < mapped < len(counts):
                     counts[mapped] += count
-                    lesion += count
-            counts[0] += max(voxels - lesion, 0)
+            counts[0] += max(background, 0)
         return counts
 
     def intensity_scale(self, modality: str) -> tuple[float, float]:

@@ -73,10 +73,9 @@ class CropDataset(Dataset):
             brain=tio.LabelMap(tensor=brain[None].to(torch.uint8)),
         )
         with torch.random.fork_rng(devices=[]):  # TorchIO draws from torch's global generator
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPU's generator too
             subject = self.augment(subject)
-        return (
-            subject["image"].data.float().contiguous(),
-            subject["label"].data[0].long().contiguous(),
-            subject["brain"].data[0].bool().contiguous(),
-        )
+        brain = subject["brain"].data[0].bool().contiguous()
+        # Noise reaches the background and TorchIO pads with the image's minimum; background is 0 as everywhere else.
+        image = torch.where(brain, subject["image"].data.float(), 0.0)
+        return image, subject["label"].data[0].long().contiguous(), brain

@@ -46,7 +46,7 @@ def prepare(conf: DictConfig) -> Report:
         },
     )
     console = Console()
-    (console if console.is_terminal else Console(width=160)).print(render(report))
+    (console if console.is_terminal else Console(width=160)).print(render(report), soft_wrap=True)
     if report.store is not None:
         print(f"store: {report.store}")
     if report.exit_code:

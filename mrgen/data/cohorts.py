@@ -1,0 +1,261 @@
+"""Finds the subjects of a cohort on disk, as its layout (`mrgen.data.layouts`) says."""
+
+import glob
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mrgen.data.folders import Folders
+from mrgen.data.layouts import FIELD_NAMES, Layout, read_layouts
+from mrgen.errors import UserError
+
+__all__ = ["Layout", "Problem", "SubjectFiles", "find_subjects", "read_layouts", "recognise_layouts"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with one subject, in one line.
+
+    Attributes:
+        subject: its id (or the folder, where no id can be told).
+        file: the file or folder that is at fault.
+        message: what was found, what was expected, what to do.
+        kind: a few words for the summary, such as "missing sequence".
+    """
+
+    subject: str
+    file: str
+    message: str
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.file}: {self.message}"
+
+
+@dataclass(frozen=True)
+class SubjectFiles:
+    """Where one subject's scans lie. `images` is in the order of the modalities asked for."""
+
+    id: str
+    patient: str
+    grade: str | None
+    site: str | None
+    folder: Path
+    images: dict[str, Path]
+    label: Path | None
+
+
+def find_subjects(
+    layout: Layout,
+    root: Path | str,
+    modalities: Sequence[str] | None = None,
+    *,
+    known_layouts: Mapping[str, Layout] | None = None,
+) -> tuple[list[SubjectFiles], list[Problem]]:
+    """Walk a cohort's folders.
+
+    Args:
+        layout: the cohort's table.
+        root: its folder; also one of a site or grade alone, or of a single subject.
+        modalities: the sequences to look for; default: all of the layout's.
+        known_layouts: others to try, for advice, when nothing matches.
+
+    Returns:
+        The subjects that have everything, sorted by id, and one problem for each file or folder that is missing,
+        ambiguous or unreadable. A subject with a problem is not among the subjects; a subject without a label is.
+
+    Raises:
+        UserError: no such root, an unknown modality, or nothing below the root matches.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"data.root={root}: no such folder; expected the folder that holds {layout.title}")
+    if unknown := [m for m in modalities or () if m not in layout.images]:
+        raise UserError(
+            f"data.modalities: {layout.title} has no {', '.join(unknown)}; it has {', '.join(layout.images)}"
+        )
+    folders = Folders(root, layout.exclude)
+    names = list(modalities or layout.images)
+    places = _places(layout, folders)
+    table = _read_table(layout, folders) if places else {}
+    found = [_files_of(layout, folders, place, path, names, table) for place, path in places]
+    subjects = [subject for subject, _ in found if subject is not None]
+    problems = [problem for _, several in found for problem in several]
+    broken = {Path(problem.file) for problem in problems}
+    problems += [
+        Problem(
+            path.name, str(path), f"cannot be read ({why}), expected a folder; chmod u+rx or mount it", "unreadable"
+        )
+        for path, why in folders.unreadable.items()
+        if path not in broken
+    ]
+    if not subjects and not problems:
+        raise UserError(_nothing_matches(layout, root, known_layouts or {}))
+    subjects, duplicates = _without_duplicates(subjects)
+    return sorted(subjects, key=lambda s: s.id), problems + duplicates
+
+
+def recognise_layouts(root: Path | str, known_layouts: Mapping[str, Layout]) -> dict[str, int]:
+    """How many subjects each layout finds below a root, best first; layouts that find none are left out."""
+    counts = {}
+    for name, layout in known_layouts.items():
+        folders = Folders(Path(root), layout.exclude)
+        counts[name] = sum(1 for _, path in _places(layout, folders) if _has_image(layout, folders, path))
+    return {name: n for name, n in sorted(counts.items(), key=lambda item: -item[1]) if n}
+
+
+def _nothing_matches(layout: Layout, root: Path, known_layouts: Mapping[str, Layout]) -> str:
+    line = f"data.root={root}: nothing matches {layout.title} (expected {', '.join(layout.subjects)})"
+    others = recognise_layouts(root, {k: v for k, v in known_layouts.items() if v.name != layout.name})
+    if others:
+        name, n = next(iter(others.items()))
+        title = known_layouts[name].title
+        return f"{line}; the folder looks like {title} ({n} subject{'s' * (n != 1)}): use data={name}"
+    try:
+        seen = sorted(p.name for p in root.iterdir() if not p.name.startswith("."))
+    except OSError as error:
+        return f"{line}; the folder cannot be read ({error.strerror})"
+    listed = ", ".join(seen[:3]) + (", …" if len(seen) > 3 else "") if seen else "nothing at all"
+    return f"{line}; it holds {listed}. Point data.root at the unpacked cohort, or describe it in a layout of your own"
+
+
+def _places(layout: Layout, folders: Folders) -> list[tuple[str, Path]]:
+    """Subjects' folders (or files) with the path in which the fields are searched."""
+    root = folders.root.resolve()
+    above = (root.parent.name, root.name)
+    for parents in ((), above[1:], above):  # the root itself may be a site's, a grade's or a subject's folder
+        paths = list(dict.fromkeys(p for glob_ in layout.subjects for p in _matched(folders, glob_, parents)))
+        # A folder that only wraps a match (Kaggle's BraTS 2021 nests a subject in its own name) or that merely looks
+        # like one (a project folder called BraTS19_work) is no subject, as long as it holds no image itself.
+        wraps = {parent for path in paths for parent in path.parents} & set(paths)
+        kept = [p for p in paths if p not in wraps or _has_image(layout, folders, p)]
+        inner = {p for p in kept if not wraps.isdisjoint(p.parents) and not set(kept).isdisjoint(p.parents)}
+        kept = [p for p in kept if p not in inner and (not parents or _has_image(layout, folders, p))]
+        if kept:
+            return [("/".join((*parents, p.relative_to(folders.root).as_posix())).removesuffix("/."), p) for p in kept]
+    return []
+
+
+def _matched(folders: Folders, pattern: str, parents: Sequence[str]) -> list[Path]:
+    """A pattern means folders; one with a dot in its last part (`imagesTr/*_0000.nii.gz`) may mean files."""
+    files = "." in pattern.rsplit("/", 1)[-1]
+    return [p for p in folders.find(folders.root, pattern, parents) if files or _is_folder(folders, p)]
+
+
+def _has_image(layout: Layout, folders: Folders, path: Path) -> bool:
+    raw_id = _raw_id(layout, folders, path.relative_to(folders.root).as_posix(), path)
+    base = path if _is_folder(folders, path) else path.parent
+    return any(
+        folders.find_images(base, pattern.replace("{id}", glob.escape(raw_id)))
+        for patterns in layout.images.values()
+        for pattern in patterns
+    )
+
+
+def _files_of(
+    layout: Layout, folders: Folders, place: str, path: Path, modalities: list[str], table: dict[str, dict[str, str]]
+) -> tuple[SubjectFiles | None, list[Problem]]:
+    folder = path if _is_folder(folders, path) else path.parent
+    raw_id = _raw_id(layout, folders, place, path)
+    row = table.get(raw_id, {})
+    values = {name: _value(layout.fields.get(name, {}), place, folders.root, row) for name in FIELD_NAMES}
+    subject = re.sub(r"[^\w.+-]+", "_", raw_id).strip("._")
+    folders.listing(folder)
+    if folder in folders.unreadable:
+        why = folders.unreadable[folder]
+        message = f"cannot be read ({why}), expected the subject's folder; chmod u+rx or mount it"
+        return None, [Problem(subject, str(folder), message, "unreadable folder")]
+    problems: list[Problem] = []
+    hits = {m: _first_match(folders, folder, layout.images[m], raw_id) for m in modalities}
+    present = ",".join(m for m in modalities if hits[m][0])
+    for modality, (files, patterns) in hits.items():
+        if len(files) > 1:
+            problems.append(_several(subject, modality, files, patterns))
+        elif not files:
+            advice = f"restore the file, or do without: data.modalities=[{present}]" if present else "restore the files"
+            message = f"found no {modality}, expected {' or '.join(patterns)} ({layout.title}); {advice}"
+            problems.append(Problem(subject, str(folder), message, f"missing sequence: {modality}"))
+    labels, patterns = _first_match(folders, folder, layout.label, raw_id)
+    if len(labels) > 1:
+        problems.append(_several(subject, "label", labels, patterns))
+    if problems:
+        return None, problems
+    label = labels[0] if labels else None
+    patient = values["patient"] or raw_id
+    images = {modality: files[0] for modality, (files, _) in hits.items()}
+    return SubjectFiles(subject, patient.replace("/", "_"), values["grade"], values["site"], folder, images, label), []
+
+
+def _first_match(folders: Folders, folder: Path, patterns: Sequence[str], raw_id: str) -> tuple[list[Path], list[str]]:
+    for pattern in patterns:
+        if hits := folders.find_images(folder, pattern.replace("{id}", glob.escape(raw_id))):
+            return hits, [pattern.replace("{id}", raw_id)]
+    return [], [pattern.replace("{id}", raw_id) for pattern in patterns]
+
+
+def _several(subject: str, what: str, hits: list[Path], patterns: list[str]) -> Problem:
+    names = ", ".join(p.name for p in hits[:4]) + (", …" if len(hits) > 4 else "")
+    message = f"found {len(hits)} files for {what} ({names}), expected one {patterns[0]}; remove the others"
+    return Problem(subject, str(hits[0].parent), message, "several files for one sequence")
+
+
+def _without_duplicates(subjects: list[SubjectFiles]) -> tuple[list[SubjectFiles], list[Problem]]:
+    """Which of two folders is the right one cannot be known, so neither is taken."""
+    by_id: dict[str, list[SubjectFiles]] = {}
+    for subject in subjects:
+        by_id.setdefault(subject.id, []).append(subject)
+    problems = [
+        Problem(
+            id_,
+            str(same[0].folder),
+            f"found the id {id_} {len(same)} times (also in {', '.join(str(s.folder) for s in same[1:])}), "
+            "expected once; remove a copy or tell them apart with fields.id",
+            "duplicate id",
+        )
+        for id_, same in by_id.items()
+        if len(same) > 1
+    ]
+    return [same[0] for same in by_id.values() if len(same) == 1], problems
+
+
+def _is_folder(folders: Folders, path: Path) -> bool:
+    return path == folders.root or path.name in folders.listing(path.parent)[1]
+
+
+def _raw_id(layout: Layout, folders: Folders, place: str, path: Path) -> str:
+    """The id as it stands in file names; slashes are still in it."""
+    if found := _value(layout.fields.get("id", {}), place, folders.root, {}):
+        return found
+    if _is_folder(folders, path):
+        return path.resolve().name if path == folders.root else path.name
+    return path.name.split(".", 1)[0]
+
+
+def _value(rule: Mapping[str, str], place: str, root: Path, row: Mapping[str, str]) -> str | None:
+    if "column" in rule:
+        text = row.get(rule["column"], "")
+        texts = [text] if text not in ("", "NA", "nan") else []
+    elif rule:
+        above = root.resolve()
+        texts = [place, f"{above.parent.name}/{above.name}/{place}"]  # data.root may point at …/HGG
+    else:
+        return None
+    for text in texts:
+        if "pattern" not in rule:
+            return text
+        if found := re.search(rule["pattern"], text):
+            return next((group for group in found.groups() if group), found.group())
+    return None
+
+
+def _read_table(layout: Layout, folders: Folders) -> dict[str, dict[str, str]]:
+    import csv
+
+    rows: dict[str, dict[str, str]] = {}
+    for path in folders.find(folders.root, layout.table["files"]) if layout.table else []:
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as lines:
+            for row in csv.DictReader(lines):
+                if key := row.get(layout.table["id"]):
+                    rows[key] = {k: v or "" for k, v in row.items() if k}
+    return rows

@@ -1,0 +1,160 @@
+"""Glob patterns over folders of scans: one listing per folder, no folder read twice, no crash on one that cannot be."""
+
+import os
+import re
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from fnmatch import translate
+from functools import cache
+from pathlib import Path
+
+_MAGIC = re.compile(r"[*?\[]")
+_KNOWN_SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr")
+
+
+@cache
+def _segment(pattern: str) -> re.Pattern[str]:
+    return re.compile(translate(pattern))
+
+
+def _literal_start(pattern: str) -> str:
+    found = _MAGIC.search(pattern)
+    return pattern[: found.start()] if found else pattern
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether a relative path with forward slashes fits a glob in which `**` stands for any number of folders."""
+    return _matches(tuple(path.split("/")), tuple(pattern.split("/")))
+
+
+def _matches(names: tuple[str, ...], segments: tuple[str, ...]) -> bool:
+    if not segments:
+        return not names
+    if segments[0] == "**":
+        return _matches(names, segments[1:]) or (bool(names) and _matches(names[1:], segments))
+    return bool(names) and bool(_segment(segments[0]).match(names[0])) and _matches(names[1:], segments[1:])
+
+
+class Folders:
+    """The folders below one root, listed lazily and remembered.
+
+    Hidden names (macOS leaves `._scan.nii.gz` behind) match no wildcard. Symbolic links are followed, unless they lead
+    back to a folder that contains them.
+
+    Args:
+        root: the folder that patterns start from.
+        exclude: globs, relative to `root`, of folders that are not entered.
+
+    Attributes:
+        unreadable: what could not be listed, with the system's reason.
+    """
+
+    def __init__(self, root: Path, exclude: Sequence[str] = ()) -> None:
+        self.root = root
+        self.exclude = tuple(exclude)
+        self.unreadable: dict[Path, str] = {}
+        self._listings: dict[Path, tuple[list[str], frozenset[str]]] = {}
+
+    def listing(self, folder: Path) -> tuple[list[str], frozenset[str]]:
+        """All names in a folder, sorted, and those among them that are folders themselves."""
+        if folder not in self._listings:
+            names, folders = [], set()
+            try:
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        names.append(entry.name)
+                        if entry.is_dir() and not (entry.is_symlink() and self._leads_back(folder, entry.name)):
+                            folders.add(entry.name)
+            except OSError as error:
+                self.unreadable[folder] = error.strerror or type(error).__name__
+            self._listings[folder] = sorted(names), frozenset(folders)
+        return self._listings[folder]
+
+    def find(self, base: Path, pattern: str, parents: Sequence[str] = ()) -> list[Path]:
+        """Files and folders below `base` that fit a glob, in order.
+
+        Args:
+            base: where the pattern starts.
+            pattern: a glob; `**` stands for any number of folders.
+            parents: names to be read as folders above `base`: with `("Utrecht",)` the pattern `**/Utrecht/*` finds the
+                children of a `base` that is itself called Utrecht.
+        """
+        segments = tuple(pattern.split("/"))
+        starts = {0}
+        for name in parents:
+            starts = {
+                after
+                for i in _closure(starts, segments)
+                if i < len(segments)
+                for after in ([i] if segments[i] == "**" else [i + 1] if _segment(segments[i]).match(name) else [])
+            }
+        starts = _closure(starts, segments) if parents else starts
+        found = [base] if parents and len(segments) in starts else []
+        for start in sorted(starts):
+            found.extend(self._find(base, segments[start:]))
+        return sorted(dict.fromkeys(found))
+
+    def find_images(self, base: Path, pattern: str) -> list[Path]:
+        """The image files that a pattern means, relative to `base`, or to the root when it starts with `/`.
+
+        Where it names a folder, the same last part is looked for inside: BraTS 2015 nests `…MR_T1.1/…MR_T1.1.mha`, and
+        some copies wrap `…_t1.nii` in a folder called `…_t1.nii`. Text files beside an image do not count.
+        """
+        base, pattern = (self.root, pattern.lstrip("/")) if pattern.startswith("/") else (base, pattern)
+        files: list[Path] = []
+        for path in self.find(base, pattern):
+            inside = path.name in self.listing(path.parent)[1]
+            files.extend(self.find(path, pattern.rsplit("/", 1)[-1]) if inside else [path])
+        files = [path for path in files if path.name not in self.listing(path.parent)[1]]
+        return [path for path in files if path.name.lower().endswith(_KNOWN_SUFFIXES)] or files
+
+    def _find(self, folder: Path, segments: tuple[str, ...]) -> Iterator[Path]:
+        if not segments:
+            return
+        segment, rest = segments[0], segments[1:]
+        names, folders = self.listing(folder)
+        if segment == "**":
+            yield from self._find(folder, rest or ("*",))
+            for name in names:
+                if name in folders and not name.startswith(".") and not self._excluded(folder / name):
+                    yield from self._find(folder / name, segments)
+            return
+        for name in self._candidates(names, segment):
+            path = folder / name
+            if self._excluded(path):
+                continue
+            if not rest:
+                yield path
+            elif name in folders:
+                yield from self._find(path, rest)
+
+    @staticmethod
+    def _candidates(names: list[str], segment: str) -> Iterator[str]:
+        # Flat folders hold thousands of files: start at the pattern's literal beginning instead of at the first name.
+        start = _literal_start(segment)
+        for i in range(bisect_left(names, start), len(names)):
+            name = names[i]
+            if not name.startswith(start):
+                return
+            if _segment(segment).match(name) and (start or not name.startswith(".")):
+                yield name
+
+    def _excluded(self, path: Path) -> bool:
+        if not self.exclude:
+            return False
+        relative = path.relative_to(self.root).as_posix()
+        return any(matches(relative, pattern) for pattern in self.exclude)
+
+    @staticmethod
+    def _leads_back(folder: Path, name: str) -> bool:
+        here = folder.resolve()
+        return (folder / name).resolve() in (here, *here.parents)
+
+
+def _closure(starts: set[int], segments: tuple[str, ...]) -> set[int]:
+    """Positions in a pattern that are reached without consuming a name: `**` may stand for no folder at all."""
+    reached = set(starts)
+    for i in range(len(segments)):
+        if i in reached and segments[i] == "**":
+            reached.add(i + 1)
+    return reached

@@ -1,0 +1,330 @@
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from raw_scans import LAYOUTS, lesion, scan, write_brats_case, write_nifti, write_wmh_case
+from rich.console import Console
+
+from mrgen.data import preparation
+from mrgen.data.layouts import read_layouts
+from mrgen.data.preparation import prepare_cohort, render
+from mrgen.data.store import Store, read_subjects
+from mrgen.errors import UserError
+
+SHIPPED = read_layouts(LAYOUTS)
+SCANS = os.environ.get("MRGEN_SCANS")
+IDS = [f"BraTS19_X_{i}_1" for i in (1, 2, 3)]
+
+
+@pytest.fixture
+def root(tmp_path):
+    for i in IDS:
+        write_brats_case(tmp_path / "raw" / "HGG" / i)
+    return tmp_path / "raw"
+
+
+@pytest.fixture
+def store(tmp_path):
+    return tmp_path / "store"
+
+
+def prepare(root, store, layout="brats2019", **options):
+    options = {"workers": 0, "progress": False, **options}
+    return prepare_cohort(SHIPPED[layout], root, store, **options)
+
+
+def text(report):
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(render(report))
+    return shown.get()
+
+
+def test_a_cohort_becomes_a_store(root, store):
+    report = prepare(root, store)
+    assert (report.prepared, report.unchanged, report.problems, report.exit_code) == (IDS, [], [], 0)
+    subjects = Store(store).subjects
+    assert list(subjects) == IDS
+    subject = subjects[IDS[0]]
+    assert (subject.patient, subject.grade, subject.site) == ("BraTS19_X_1", "HGG", "X")
+    np.testing.assert_array_equal(subject.read_image(["flair"])[0], scan(3)[::-1, ::-1])
+    np.testing.assert_array_equal(subject.read_label(), lesion()[::-1, ::-1])
+    assert report.summary == "BraTS 2019: 3 prepared"
+
+
+def test_worker_processes_give_the_same_store(root, tmp_path):
+    prepare(root, tmp_path / "a")
+    report = prepare(root, tmp_path / "b", workers=2)
+    assert report.prepared == IDS
+    for a, b in zip(Store(tmp_path / "a").subjects.values(), Store(tmp_path / "b").subjects.values(), strict=True):
+        np.testing.assert_array_equal(a.read_image(), b.read_image())
+        assert a.statistics == b.statistics
+
+
+def test_only_what_changed_is_prepared_again(root, store):
+    prepare(root, store)
+    revisions = {i: s.revision for i, s in Store(store).subjects.items()}
+    assert prepare(root, store).unchanged == IDS
+    write_nifti(root / "HGG" / IDS[1] / f"{IDS[1]}_t1.nii.gz", scan(77))
+    write_brats_case(root / "LGG" / "BraTS19_Y_9_1")
+    report = prepare(root, store)
+    assert report.prepared == [IDS[1], "BraTS19_Y_9_1"]
+    assert report.unchanged == [IDS[0], IDS[2]]
+    now = {i: s.revision for i, s in Store(store).subjects.items()}
+    assert [i for i in IDS if now[i] != revisions[i]] == [IDS[1]]
+    np.testing.assert_array_equal(Store(store).subjects[IDS[1]].read_image(["t1"])[0], scan(77)[::-1, ::-1])
+
+
+@pytest.mark.parametrize("change", ["label appears", "label goes", "grade"])
+def test_a_label_or_a_grade_that_changes_counts_as_change(root, store, change):
+    label = root / "HGG" / IDS[0] / f"{IDS[0]}_seg.nii.gz"
+    if change == "label appears":
+        label.unlink()
+    prepare(root, store)
+    if change == "label appears":
+        write_nifti(label, lesion())
+    elif change == "label goes":
+        label.unlink()
+    else:
+        shutil.move(root / "HGG" / IDS[0], root / "LGG" / IDS[0])
+    assert prepare(root, store).prepared == [IDS[0]]
+    subject = Store(store).subjects[IDS[0]]
+    assert subject.labelled == (change != "label goes")
+    assert subject.grade == ("LGG" if change == "grade" else "HGG")
+
+
+def test_a_cohort_that_was_moved_is_unchanged(root, store, tmp_path):
+    prepare(root, store)
+    root.rename(tmp_path / "elsewhere")
+    assert prepare(tmp_path / "elsewhere", store).unchanged == IDS
+
+
+@pytest.mark.parametrize("blow", [KeyboardInterrupt, SystemExit])
+def test_stopped_in_the_middle_the_store_is_whole_and_the_next_run_goes_on(root, store, monkeypatch, blow):
+    check, calls = preparation.check_subject, []
+
+    def stopped(files, layout):
+        calls.append(files.id)
+        if len(calls) == 2:
+            raise blow
+        return check(files, layout)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "check_subject", stopped)
+        with pytest.raises(blow):
+            prepare(root, store)
+    assert list(Store(store).subjects) == IDS[:1]
+    Store(store).subjects[IDS[0]].read_image()
+    report = prepare(root, store)
+    assert (report.unchanged, report.prepared) == (IDS[:1], IDS[1:])
+
+
+def test_stopped_while_a_subject_is_being_written_nothing_of_it_is_seen(root, store, monkeypatch):
+    save, calls = np.save, []
+
+    def stopped(file, array, **options):
+        calls.append(1)
+        if len(calls) == 5:  # the second subject's label: its image lies on disk already
+            raise KeyboardInterrupt
+        save(file, array, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mrgen.data.store.np.save", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(root, store)
+    assert list(Store(store).subjects) == IDS[:1]
+
+
+def test_a_killed_process_leaves_whole_subjects_only(root, store):
+    """The real thing: SIGKILL at a moment of the kernel's choosing."""
+    import subprocess
+    import sys
+    import time
+
+    for i in range(20):
+        write_brats_case(root / "LGG" / f"BraTS19_Z_{i}_1")
+    code = (
+        "import sys; from pathlib import Path; from mrgen.data.layouts import Layout; "
+        "from mrgen.data.preparation import prepare_cohort; "
+        "prepare_cohort(Layout.from_conf(Path(sys.argv[1])), sys.argv[2], sys.argv[3], workers=0, progress=False)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(LAYOUTS / "brats2019.yaml"), str(root), str(store)])
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and not (store / "cohort.json").exists():
+        time.sleep(0.005)
+    while time.monotonic() < deadline and not read_subjects(store):
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    there = Store(store).subjects
+    assert there
+    for subject in there.values():
+        assert subject.read_image().shape == (4, 16, 18, 20)
+        assert subject.read_label().shape == subject.read_brain().shape == (16, 18, 20)
+    report = prepare(root, store)
+    assert set(report.unchanged) == set(there)
+    assert len(Store(store).subjects) == 23
+    assert not [p for p in store.iterdir() if p.name.endswith((".partial", ".gone"))]
+
+
+def test_bad_subjects_are_reported_and_the_rest_is_prepared(root, store):
+    (root / "HGG" / IDS[0] / f"{IDS[0]}_flair.nii.gz").unlink()
+    (root / "HGG" / IDS[1] / f"{IDS[1]}_t2.nii.gz").write_bytes(b"")
+    report = prepare(root, store)
+    assert report.prepared == [IDS[2]]
+    assert report.bad == IDS[:2]
+    assert report.exit_code == 1
+    assert list(Store(store).subjects) == [IDS[2]]
+    assert report.summary == (
+        "BraTS 2019: 1 prepared, 2 bad; 2 problems (missing sequence: flair: 1, not an image: 1); "
+        "strict=false goes on without them"
+    )
+    assert prepare(root, store, strict=False).exit_code == 0
+
+
+def test_a_subject_that_became_bad_leaves_the_store(root, store):
+    prepare(root, store)
+    (root / "HGG" / IDS[0] / f"{IDS[0]}_flair.nii.gz").unlink()
+    write_nifti(root / "HGG" / IDS[1] / f"{IDS[1]}_seg.nii.gz", lesion((3,)))
+    report = prepare(root, store, strict=False)
+    assert report.unchanged == [IDS[2]]
+    assert list(Store(store).subjects) == [IDS[2]]
+
+
+def test_subjects_that_vanished_are_kept_and_reported(root, store):
+    prepare(root, store)
+    shutil.rmtree(root / "HGG" / IDS[0])
+    report = prepare(root, store)
+    (problem,) = report.problems
+    assert f"found 1 prepared subjects ({IDS[0]}) that no longer lie below data.root={root}" in str(problem)
+    assert report.exit_code == 1
+    assert list(Store(store).subjects) == IDS
+
+
+def test_other_modalities_hide_every_subject_until_it_is_prepared_anew(root, store, monkeypatch):
+    prepare(root, store)
+    check, calls = preparation.check_subject, []
+
+    def stopped(files, layout):
+        calls.append(files.id)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return check(files, layout)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "check_subject", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(root, store, modalities=["flair", "t1"])
+    half = Store(store)
+    assert half.modalities == ("flair", "t1")
+    assert list(half.subjects) == IDS[:1]
+    prepare(root, store, modalities=["flair", "t1"])
+    whole = Store(store)
+    assert list(whole.subjects) == IDS
+    np.testing.assert_array_equal(whole.subjects[IDS[2]].read_image()[0], scan(3)[::-1, ::-1])
+
+
+def test_a_store_of_another_cohort_is_refused_and_left_alone(root, store, tmp_path):
+    prepare(root, store)
+    write_brats_case(tmp_path / "other" / "BraTS2021_00001")
+    with pytest.raises(UserError, match="found a store of brats2019, expected brats2021 or none; choose another"):
+        prepare(tmp_path / "other", store, "brats2021")
+    assert list(Store(store).subjects) == IDS
+
+
+def test_check_writes_nothing_and_shows_a_table(root, store):
+    (root / "HGG" / IDS[1] / f"{IDS[1]}_t1.nii.gz").write_bytes(b"no image")
+    (root / "HGG" / IDS[2] / f"{IDS[2]}_seg.nii.gz").unlink()
+    report = prepare(root, store, check=True)
+    assert not store.exists()
+    assert [row.status for row in report.rows] == ["good", "bad", "good"]
+    shown = text(report)
+    lines = [line.split() for line in shown.splitlines() if line.strip().startswith("BraTS19_X")]
+    assert lines[0] == [IDS[0], "HGG", "X", "16×18×20", "1×1×1", "yes", "good"]
+    assert lines[1] == [IDS[1], "HGG", "X", "–", "–", "yes", "bad"]
+    assert lines[2] == [IDS[2], "HGG", "X", "16×18×20", "1×1×1", "no", "good"]
+    assert f"{IDS[1]}_t1.nii.gz: found no NIfTI header" in shown
+    assert "BraTS 2019: 2 good, 1 bad (1 unlabelled); 1 problem (not an image: 1)" in shown
+
+
+def test_the_table_shows_patients_where_they_have_several_visits(tmp_path, store):
+    for visit in (1, 2):
+        write_brats_case(tmp_path / "raw" / f"BraTS19_X_7_{visit}")
+    shown = text(prepare(tmp_path / "raw", store))
+    assert shown.count("BraTS19_X_7 ") == 2
+
+
+def test_a_second_preparation_at_the_same_time_is_refused(root, store):
+    prepare(root, store)
+    with open(store / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is preparing it"):
+            prepare(root, store)
+    assert prepare(root, store).unchanged == IDS
+
+
+def test_a_store_that_cannot_be_written_says_so(root, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"data\.store=.*file/store: cannot be written \(Not a directory\)"):
+        prepare(root, tmp_path / "file" / "store")
+    with pytest.raises(UserError, match=r"data\.store is not set"):
+        prepare(root, None)
+
+
+def test_a_file_that_vanishes_during_the_run_is_one_line(root, store, monkeypatch):
+    check = preparation.check_subject
+
+    def vanish(files, layout):
+        if files.id == IDS[1]:
+            files.images["t2"].unlink()
+        return check(files, layout)
+
+    monkeypatch.setattr(preparation, "check_subject", vanish)
+    report = prepare(root, store)
+    assert report.prepared == [IDS[0], IDS[2]]
+    (problem,) = report.problems
+    assert f"{IDS[1]}_t2.nii.gz: cannot be read (No such file or directory)" in str(problem)
+
+
+def test_a_cohort_that_is_not_skull_stripped(tmp_path, store):
+    write_wmh_case(tmp_path / "raw" / "Amsterdam" / "GE3T" / "100")
+    write_wmh_case(tmp_path / "raw" / "Utrecht" / "0", label=None)
+    report = prepare(tmp_path / "raw", store, "wmh2017")
+    assert report.prepared == ["GE3T_100", "Utrecht_0"]
+    a, b = Store(store).subjects.values()
+    assert (a.site, a.labelled, b.site, b.labelled) == ("GE3T", True, "Utrecht", False)
+    assert a.brain_method == "head"
+    assert a.spacing == (3, 3, 6)
+
+
+@pytest.mark.skipif(not SCANS, reason="MRGEN_SCANS is unset: real scans are not part of the repository")
+@pytest.mark.parametrize(
+    ("name", "modalities", "n", "labels"),
+    [
+        ("brats2015", ["t1ce", "flair"], 4, {0, 1, 2, 3, 4}),
+        ("brats2019", None, 1, {0, 1, 2, 4}),
+        ("brats2023", None, 1, None),
+    ],
+)
+def test_real_cohorts(store, name, modalities, n, labels):
+    root = Path(SCANS) / name
+    report = prepare(root, store, name, modalities=modalities, known_layouts=SHIPPED)
+    assert not report.problems
+    assert len(report.prepared) == n
+    for subject in Store(store).subjects.values():
+        assert subject.shape == (240, 240, 155)
+        assert (set(subject.label_counts) if subject.label_counts else None) == labels
+        assert 1e6 < subject.read_brain().sum() < 2e6
+        assert subject.read_image(box=((100, 101),) * 3).dtype == np.int16
+    assert len(prepare(root, store, name, modalities=modalities).unchanged) == n
+
+
+@pytest.mark.skipif(not SCANS, reason="MRGEN_SCANS is unset: real scans are not part of the repository")
+def test_real_cohort_without_two_sequences_says_what_would_do(store):
+    report = prepare(Path(SCANS) / "brats2015", store, "brats2015")
+    assert len(report.problems) == 8
+    assert all("or do without: data.modalities=[t1ce,flair]" in str(p) for p in report.problems)
+    assert not Store(store).subjects
