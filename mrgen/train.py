@@ -2,6 +2,7 @@
 
 from omegaconf import DictConfig
 
+from mrgen.errors import UserError
 from mrgen.launch.app import run_app
 
 
@@ -11,6 +12,8 @@ def task(conf: DictConfig) -> None:
 
     from hydra.core.hydra_config import HydraConfig
 
+    if "evaluation" in conf:
+        raise UserError(f"{conf.name} is a preset of mrgen-evaluate: there is nothing in it to train")
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     if conf.plan:
         from mrgen.launch.plan import plan, show

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import mrgen  # noqa: F401  before torch: it sets how OpenMP's threads wait
+
 
 @pytest.fixture(scope="session")
 def scans() -> Path:

@@ -29,7 +29,7 @@ class CohortDataModule(LightningDataModule):
         labels: which of the layout's label maps to use, ``regions`` or ``native``.
         split: how to split, see ``mrgen.data.splits.make_split``.
         normalisation: from stored intensities to the network's.
-        sampling: which crops training sees; evaluation always sees the whole brain.
+        sampling: which crops training and validation see; testing always sees the whole brain.
         batch_size: samples a step on one device.
         steps_per_epoch: steps of an epoch; None is one pass over the training subjects.
         augmentation: TorchIO transforms for training, applied in this order.
@@ -110,10 +110,10 @@ class CohortDataModule(LightningDataModule):
         """(offset, factor) from normalised values of a sequence to intensities, averaged over training subjects."""
         return self.normalisation.training_scale([s.statistics[modality] for s in self._subjects(self.split.train)])
 
-    def dataset(self, ids: Sequence[str], *, training: bool = False) -> CropDataset:
-        """Samples of these subjects: training crops with augmentation, or whole brains without."""
+    def dataset(self, ids: Sequence[str], *, crop: Crop, augmented: bool = False) -> CropDataset:
+        """Samples of these subjects."""
         augment = None
-        if training and self.augmentation:
+        if augmented and self.augmentation:
             import torchio as tio
 
             augment = tio.Compose(self.augmentation)
@@ -121,7 +121,7 @@ class CohortDataModule(LightningDataModule):
             self._subjects(ids),
             modalities=self.modalities,
             lookup=self.lookup,
-            crop=self.sampling if training else self.whole,
+            crop=crop,
             normalisation=self.normalisation,
             augment=augment,
             seed=self.seed,
@@ -150,15 +150,16 @@ class CohortDataModule(LightningDataModule):
         return self.steps_per_epoch or max(1, -(-len(self.split.train) // (self.batch_size * world_size)))
 
     def train_dataloader(self) -> DataLoader:
-        dataset = self.dataset(self.split.train, training=True)
+        dataset = self.dataset(self.split.train, crop=self.sampling, augmented=True)
         samples = self.train_steps(self._ranks["world_size"]) * self.batch_size
         sampler = TrainingSampler(len(dataset), samples=samples, seed=self.seed, **self._ranks)
         return self._loader(dataset, sampler, self.batch_size)
 
     def val_dataloader(self) -> DataLoader:
-        dataset = self.dataset(self.split.val)
+        # Training's crops, the same every epoch: on whole brains instance norms would see other statistics.
+        dataset = self.dataset(self.split.val, crop=self.sampling)
         return self._loader(dataset, EvaluationSampler(len(dataset), **self._ranks), 1)
 
     def test_dataloader(self) -> DataLoader:
-        dataset = self.dataset(self.split.test)
+        dataset = self.dataset(self.split.test, crop=self.whole)
         return self._loader(dataset, EvaluationSampler(len(dataset), **self._ranks), 1)

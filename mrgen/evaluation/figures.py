@@ -42,12 +42,13 @@ def swap_figure(slices: Mapping[str, Mapping[str, Any]], path: Path, *, title: s
         real, synthetic = _axial(part["real"]), _axial(part["synthetic"])
         low, high = np.percentile(real, (1, 99.8))
         label = _axial(part["label"])
+        lesion = (label > 0) & (label != 255)
         row[0].imshow(real, cmap="gray", vmin=low, vmax=high)
         row[1].imshow(synthetic, cmap="gray", vmin=low, vmax=high)  # the real window: a bias must show
         row[2].imshow(synthetic - real, cmap="RdBu_r", vmin=-2, vmax=2)
         for axis in row[:3]:
-            if (label > 0).any():
-                axis.contour(label > 0, levels=[0.5], colors="#ffd400", linewidths=0.6)
+            if lesion.any():
+                axis.contour(lesion, levels=[0.5], colors="#ffd400", linewidths=0.6)
         maps = (label, _axial(slices["real"]["predicted"]), _axial(part["predicted"]))
         for axis, classes_map in zip(row[3:], maps, strict=True):
             axis.imshow(

@@ -55,6 +55,9 @@ class Swap(LightningModule):
         self.rows: list[dict[str, Any]] = []
         self.slices: dict[str, dict[str, Any]] = {}
 
+    def on_test_epoch_start(self) -> None:
+        self.rows, self.slices = [], {}
+
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         real = volumes(batch, self.modalities)
         label, brain, subject = batch["label"], batch["brain"], batch["subject"][0]
@@ -89,11 +92,11 @@ class Swap(LightningModule):
     def _keep(
         self, subject: str, name: str, pair: tuple[Tensor, Tensor] | None, label: Tensor, predicted: Tensor
     ) -> None:
-        """Keeps the axial slice with the largest lesion of the pictured subject."""
+        """Keeps the axial slice with the largest lesion of the pictured subject, the middle one where it has none."""
         if subject != self.pictured:
             return
         lesion = (label[0] > 0) & (label[0] != IGNORED)
-        z = int(lesion.sum(dim=(0, 1)).argmax())
+        z = int(lesion.sum(dim=(0, 1)).argmax()) if lesion.any() else lesion.shape[2] // 2
         self.slices[name] = {"label": label[0, :, :, z].cpu(), "predicted": predicted[0, :, :, z].cpu()}
         if pair is not None:
             self.slices[name] |= {"real": pair[0][0, 0, :, :, z].cpu(), "synthetic": pair[1][0, 0, :, :, z].cpu()}

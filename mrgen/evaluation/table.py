@@ -49,7 +49,7 @@ class Table:
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """One CSV line a mapping; columns are the union of the keys, in order of appearance."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(rows)

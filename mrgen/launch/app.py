@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hydra
-from hydra.errors import HydraException
+import yaml
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -31,7 +32,8 @@ def register_resolvers() -> None:
 def run_app(config_name: str, task: Callable[[DictConfig], None]) -> None:
     """Runs a task as a Hydra application on ``sys.argv``.
 
-    A ``UserError`` and Hydra's own complaints end as one message and exit code 1; anything else keeps its traceback.
+    A ``UserError``, Hydra's own complaints and a YAML file that is none end as one message and exit code 1; anything
+    else keeps its traceback.
 
     Args:
         config_name: primary config below ``conf/``.
@@ -40,14 +42,38 @@ def run_app(config_name: str, task: Callable[[DictConfig], None]) -> None:
     register_resolvers()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here whole, and here they are sorted
     try:
-        sys.argv[1:] = _resumed(sys.argv[1:])
+        if config_name == "train":
+            sys.argv[1:] = _resumed(sys.argv[1:])
         hydra.main(config_path=str(CONF_DIR), config_name=config_name, version_base="1.3")(task)()
     except UserError as error:
         _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
-        _fail(str(error).replace("\nSet the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.", ""))
+        hint = "\nSet the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace."
+        _fail(str(error).replace(hint, "") + _valid_keys(error) + _presets(error))
+    except yaml.YAMLError as error:
+        _fail(f"a YAML file cannot be read: {error}")
     except KeyboardInterrupt:
         _fail("interrupted")
+
+
+def _valid_keys(error: BaseException) -> str:
+    """The names beside a key that the config does not have; Hydra says only that it is not there."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OmegaConfBaseException) and "not in struct" in str(cause):
+            parent = cause.parent_node
+            return f"\nvalid keys: {', '.join(map(str, parent))}" if isinstance(parent, DictConfig) else ""
+        cause = cause.__cause__ or cause.__context__
+    return ""
+
+
+def _presets(error: BaseException) -> str:
+    """The presets there are, where one was asked for that is not."""
+    if not isinstance(error, MissingConfigException) or not str(error.missing_cfg_file).startswith("experiment/"):
+        return ""
+    folder = CONF_DIR / "experiment"
+    presets = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    return f"\npresets: {', '.join(presets)}"
 
 
 def _fail(message: str) -> None:
@@ -61,11 +87,20 @@ def _resumed(arguments: list[str]) -> list[str]:
     if not folders or folders[-1] in ("", "null"):
         return arguments
     folder = Path(folders[-1]).expanduser().resolve()
-    if not (folder / "config.yaml").is_file():
+    # The run writes config.yaml once its store was found; Hydra's copy is there from the start.
+    saved = next((place for place in (folder, folder / ".hydra") if (place / "config.yaml").is_file()), None)
+    if saved is None:
         raise UserError(f"resume={folders[-1]}: no config.yaml there; expected the folder of a run of mrgen-train")
+    quoted = "'" + str(folder).replace("'", r"\'") + "'"  # a path may hold characters that Hydra's grammar reads
     others = [a for a in arguments if not a.startswith("resume=")]
+    for argument in others:
+        name = argument.partition("=")[0].lstrip("+~").partition("@")[0]
+        if "=" in argument and (CONF_DIR / name).is_dir():
+            raise UserError(
+                f"{argument}: a resumed run keeps its {name}; single values can be changed: {name}.KEY=VALUE"
+            )
     return [
-        *("--config-path", str(folder), "--config-name", "config"),
-        # Quoted, because a path may hold characters that Hydra's grammar reads.
-        *(f"resume='{folder}'", f"hydra.run.dir='{folder}'", "hydra.output_subdir=null", *others),
+        *("--config-path", str(saved), "--config-name", "config"),
+        *("hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.job.name=mrgen-train"),
+        *(f"resume={quoted}", f"hydra.run.dir={quoted}", "hydra.output_subdir=null", *others),
     ]

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from mrgen.data.datamodule import CohortDataModule
 from mrgen.errors import UserError
 from mrgen.evaluation.figures import swap_figure
+from mrgen.evaluation.inference import TiledSegmenter, TiledSynthesizer
 from mrgen.evaluation.swap import Swap, swap_table
 from mrgen.evaluation.table import write_rows
 from mrgen.launch.instantiate import plain
@@ -50,7 +51,7 @@ def evaluate_swap(conf: DictConfig, out_dir: Path) -> Path:
 
     pl.seed_everything(conf.seed, verbose=False)
     swap = Swap(
-        segmenter=segmenter.model,
+        segmenter=TiledSegmenter(segmenter.model, tile) if (tile := _tile(segmenter)) else segmenter.model,
         synthesizers=synthesizers,
         modalities=datamodule.modalities,
         regions=datamodule.store.layout.regions,
@@ -62,12 +63,15 @@ def evaluate_swap(conf: DictConfig, out_dir: Path) -> Path:
         return out_dir
 
     title = "SMOKE RUN, not a result: swap" if conf.smoke else "Swap"
-    regions = [name for name in plain(conf.evaluation.regions) if name in datamodule.store.layout.regions]
+    known = datamodule.store.layout.regions
+    comparable = all(
+        name in known for name in conf.evaluation.regions
+    )  # the paper's columns, on a cohort that has them
     table = swap_table(
         swap.rows,
-        regions=regions or list(datamodule.store.layout.regions),
+        regions=plain(conf.evaluation.regions) if comparable else list(known),
         title=title,
-        paper=plain(conf.evaluation.paper) if regions else None,
+        paper=plain(conf.evaluation.paper) if comparable else None,
         notes=notes,
     )
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -104,8 +108,14 @@ def _named(runs: list[Run], segmenter: Run) -> dict[str, Any]:
         name, count = f"{target}/{method}", 2
         while name in named:  # several seeds of one method
             name, count = f"{target}/{method}#{count}", count + 1
-        named[name] = run.model
+        named[name] = TiledSynthesizer(run.model, tile) if (tile := _tile(run)) else run.model
     return named
+
+
+def _tile(run: Run) -> list[int] | None:
+    """The patch size of a run that was trained on patches, None for whole brains."""
+    sampling = plain(run.conf.data.sampling)
+    return sampling["size"] if sampling["_target_"] == "mrgen.data.crops.RandomPatch" else None
 
 
 def _datamodule(conf: DictConfig, segmenter: Run) -> CohortDataModule:

@@ -71,8 +71,11 @@ def _check(node: Any) -> None:
                 called = get_class(target) if target.rpartition(".")[2][:1].isupper() else get_method(target)
             except Exception as error:
                 raise UserError(f"_target_ {target} cannot be imported: {error}") from error
-            parameters = inspect.signature(called).parameters
-            if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            try:
+                parameters = inspect.signature(called).parameters
+            except ValueError:  # some of Python's own types have none to show
+                parameters = None
+            if parameters is not None and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
                 valid = [name for name in parameters if name != "self"]
                 given = [
                     key for key in node if key not in ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")

@@ -4,12 +4,13 @@ import time
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from mrgen.data.layouts import Layout
 from mrgen.errors import UserError
 from mrgen.launch.instantiate import instantiate, plain
 from mrgen.launch.training import build_datamodule, choose_precision, fill_from_store
@@ -49,6 +50,7 @@ def plan(conf: DictConfig) -> dict[str, Any]:
         if "mrgen-prepare" not in str(error):  # anything but a store that is not there yet
             raise
         crop, steps = plain(conf.data.sampling).get("size") or FULL_SIZE, conf.data.steps_per_epoch
+        _fill_from_layout(conf)
     precision = choose_precision(conf.trainer.precision, conf.trainer.accelerator)
     model = instantiate(conf.model)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -61,11 +63,13 @@ def plan(conf: DictConfig) -> dict[str, Any]:
         "brain": torch.ones(shape, dtype=torch.bool, device="meta"),
         "subject": [""] * shape[0],
     }
-    kept: dict[int, Tensor] = {}  # by identity: a tensor that two layers keep counts once
+    weights_of_model = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, Tensor] = {}  # by storage: what two layers keep counts once, and weights are counted below
 
     def keep(tensor: Tensor) -> Tensor:
-        if tensor.device.type == "meta":
-            kept[id(tensor.untyped_storage())] = tensor
+        place = tensor.untyped_storage()._cdata
+        if tensor.device.type == "meta" and place not in weights_of_model:
+            kept[place] = tensor
         return tensor
 
     half = "bf16" in precision
@@ -73,7 +77,7 @@ def plan(conf: DictConfig) -> dict[str, Any]:
     with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         weights = torch.ones(len(conf.data.layout.classes[conf.data.labels]), device="meta")
         loss = model.losses(batch, weights)["loss"]
-        activations = sum(t.numel() * t.element_size() for t in kept.values())
+        activations = sum(t.untyped_storage().nbytes() for t in kept.values())
         loss.backward()
     if half:  # autocast does not know the meta device; under it the layers keep their tensors in half precision
         activations //= 2
@@ -91,6 +95,17 @@ def plan(conf: DictConfig) -> dict[str, Any]:
         "teraflop_per_step": operations / 1e12,
         "hours": hours,
     }
+
+
+def _fill_from_layout(conf: DictConfig) -> None:
+    """Layout and sequences as the store will have them; a user's own cohort names a file of its table."""
+    if OmegaConf.is_missing(conf.data, "layout"):
+        raise UserError("data.layout is not set; give the cohort's table of patterns: data.layout=my_cohort.yaml")
+    layout = Layout.from_conf(conf.data.layout)
+    with open_dict(conf.data):
+        conf.data.layout = layout.to_conf()
+        if conf.data.modalities is None:
+            conf.data.modalities = list(layout.images)
 
 
 def _rate(half: bool) -> float:

@@ -29,6 +29,8 @@ def prepare(conf: DictConfig) -> Report:
     data = {key: plain(conf.data.get(key)) for key in ("root", "store", "layout", "modalities", "phantom")}
     if not data.get("root"):
         raise UserError("data.root is not set; give the folder of the raw cohort: data.root=/data/…")
+    if not data.get("layout"):
+        raise UserError("data.layout is not set; give the cohort's table of patterns: data.layout=my_cohort.yaml")
     layout = Layout.from_conf(data["layout"])
     root = Path(data["root"]).expanduser()
     if phantom := data.get("phantom"):

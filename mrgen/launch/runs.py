@@ -48,13 +48,14 @@ def load_run(path: str | Path) -> Run:
     Raises:
         UserError: nothing there, a run that never saved, or a file that is no checkpoint of mrgen.
     """
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().absolute()
     if path.is_dir():
         folder, candidates = path, [path / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
         checkpoint = next((file for file in candidates if file.is_file()), None)
         if checkpoint is None:
             status = read_status(path)
-            said = f"its status is {status['state']}: {status.get('reason', '')}" if status else "it is no run folder"
+            reason = f": {status['reason']}" if "reason" in status else ""
+            said = f"its status is {status['state']}{reason}" if status else "it is no run folder"
             raise UserError(f"{path}: no checkpoints/best.ckpt or last.ckpt; {said}")
     elif path.is_file():
         checkpoint, folder = path, path.parents[1]
@@ -67,11 +68,15 @@ def load_run(path: str | Path) -> Run:
             )
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        description = content[KEY]
+        description, weights = content[KEY], content["state_dict"]
+        built, _ = description["model"], description["data"]
     except Exception as error:  # corrupt, truncated, foreign, or holding more than plain containers
         raise UserError(f"{checkpoint}: cannot be read as a checkpoint of mrgen ({type(error).__name__})") from error
-    model = instantiate_mrgen(description["model"])
-    model.load_state_dict(content["state_dict"])
+    model = instantiate_mrgen(built)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # of another version of the network
+        raise UserError(f"{checkpoint}: its weights do not fit the model that it describes ({error})") from error
     model.eval().requires_grad_(False)
     conf = OmegaConf.load(folder / "config.yaml")
     assert isinstance(conf, DictConfig)

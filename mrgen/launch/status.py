@@ -52,7 +52,10 @@ def recorded(run_dir: Path, *, command: str, enabled: bool = True) -> Iterator[N
     try:
         yield
     except BaseException as error:
-        reason = f"{type(error).__name__}: {error}".strip().rstrip(":")
+        interrupted = isinstance(error, KeyboardInterrupt) or (
+            isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)  # Lightning's Ctrl-C
+        )
+        reason = "interrupted" if interrupted else f"{type(error).__name__}: {error}".strip().rstrip(":")
         save(state="failed", reason=reason, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
         if enabled:
             _say_how_to_go_on(run_dir, command)
@@ -63,9 +66,10 @@ def recorded(run_dir: Path, *, command: str, enabled: bool = True) -> Iterator[N
 def _say_how_to_go_on(run_dir: Path, command: str) -> None:
     # Registered to run last: the error's own message or traceback is printed after the exception has left this frame.
     import atexit
+    import shlex
     import sys
 
-    line = f"resume with: {command} resume={run_dir}"
+    line = f"resume with: {command} {shlex.quote(f'resume={run_dir}')}"
     if not (run_dir / "checkpoints" / "last.ckpt").is_file():
         line += "  (no checkpoint yet: it starts over)"
     atexit.register(lambda: print(line, file=sys.stderr, flush=True))

@@ -1,6 +1,7 @@
 """Weights & Biases beside the CSV: online when logged in, offline otherwise, never a prompt."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +42,15 @@ def wandb_logger(run_dir: Path, *, project: str, name: str, group: str | None, c
         import wandb
     except ImportError as error:  # pragma: no cover - a dependency of the package
         raise UserError("tracking=wandb: the package wandb is not installed; install it or set tracking=csv") from error
-    mode = wandb_mode()
-    if mode == "disabled":
-        mode = "offline"
     return WandbLogger(
         project=project,
         name=name,
-        id="-".join(run_dir.parts[-2:]).replace(" ", "-")[-100:],
+        id=re.sub(r"[^\w.=,-]", "-", "-".join(run_dir.parts[-2:]))[-100:],  # W&B refuses some characters
         group=group,
         save_dir=str(run_dir),
         resume="allow",
         config=config,
-        mode=mode,
+        mode=wandb_mode(),
         settings=wandb.Settings(silent=True, console="off", init_timeout=60),
     )
 

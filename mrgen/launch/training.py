@@ -9,6 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from mrgen import __version__
 from mrgen.callbacks.console import EpochLine
@@ -20,7 +21,7 @@ from mrgen.errors import UserError
 from mrgen.launch.csv_logger import CsvLogger
 from mrgen.launch.instantiate import instantiate, plain
 from mrgen.launch.status import recorded, write_json
-from mrgen.launch.tracking import finish_wandb, wandb_logger
+from mrgen.launch.tracking import finish_wandb, wandb_logger, wandb_mode
 
 __all__ = ["build_datamodule", "build_trainer", "fill_from_store", "train"]
 
@@ -33,6 +34,11 @@ def fill_from_store(conf: DictConfig) -> None:
     store = Store(Path(conf.data.store))
     with open_dict(conf.data):
         conf.data.layout = store.layout.to_conf()
+        if conf.data.labels != "regions":  # the layout numbers its evaluation regions after that map alone
+            raise UserError(
+                f"data.labels={conf.data.labels}: {store.layout.title}'s regions are numbered for data.labels=regions, "
+                "and any other Dice would be wrong; set data.labels=regions"
+            )
         if conf.data.modalities is None:
             conf.data.modalities = list(store.modalities)
 
@@ -72,6 +78,11 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", f".*{part}.*")
 
 
+def channels_last(model: pl.LightningModule) -> pl.LightningModule:
+    """Lays 3D convolutions out channels last, which halves a bf16 step on processors and feeds a GPU's tensor cores."""
+    return model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+
+
 def build_trainer(conf: DictConfig, run_dir: Path, *, callbacks: list[Callback], loggers: list[Logger]) -> pl.Trainer:
     """A Lightning trainer from the ``trainer`` config; its keys are Lightning's own."""
     quiet()
@@ -107,6 +118,20 @@ def _describe(conf: DictConfig, datamodule: CohortDataModule) -> dict[str, Any]:
     }
 
 
+class _Checkpoint(ModelCheckpoint):
+    """Lightning's, which forgets the best score when the run's folder is reached by another path than before."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def moved(path: str) -> str:
+            return str(Path(self.dirpath or "") / Path(path).name) if path else path
+
+        state_dict = dict(state_dict, dirpath=self.dirpath)
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            state_dict[key] = moved(state_dict[key])
+        state_dict["best_k_models"] = {moved(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(state_dict)
+
+
 def train(conf: DictConfig, run_dir: Path) -> Path:
     """Trains one preset.
 
@@ -118,14 +143,17 @@ def train(conf: DictConfig, run_dir: Path) -> Path:
         The run's folder, with ``config.yaml`` (resolved), ``split.json``, ``metrics.csv``, ``status.json`` and
         ``checkpoints/{best,last}.ckpt``.
     """
-    with recorded(run_dir, command="mrgen-train"):
+    with recorded(run_dir, command="mrgen-train", enabled=getattr(rank_zero_only, "rank", 0) == 0):
         return _train(conf, run_dir)
 
 
 def _train(conf: DictConfig, run_dir: Path) -> Path:
     last = run_dir / "checkpoints" / "last.ckpt"
     if conf.resume and last.is_file():
-        resumed_step = int(torch.load(last, weights_only=True, map_location="cpu")["global_step"])
+        try:
+            resumed_step = int(torch.load(last, weights_only=True, map_location="cpu")["global_step"])
+        except Exception as error:  # corrupt, truncated, or holding more than plain containers
+            raise UserError(f"{last}: cannot be read as a checkpoint of mrgen ({type(error).__name__})") from error
     elif last.is_file():
         raise UserError(
             f"{run_dir} holds a finished or interrupted run; give another folder, or go on with resume={run_dir}"
@@ -136,8 +164,11 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
     fill_from_store(conf)
     OmegaConf.save(OmegaConf.create(plain(conf)), run_dir / "config.yaml")
     pl.seed_everything(conf.seed, verbose=False)
-    datamodule = build_datamodule(conf.data)
+    # A resumed run keeps its split although the store may have grown: who was tested may not become who is trained on.
+    kept = {"split": {"kind": "file", "file": str(run_dir / "split.json")}} if resumed_step >= 0 else {}
+    datamodule = build_datamodule(conf.data, **kept)
     model = instantiate(conf.model)
+    channels_last(model)
     shapes = [datamodule.sampling.size, datamodule.whole.size]
     if any(n % model.divisor for shape in shapes for n in shape or ()):
         raise UserError(
@@ -151,7 +182,8 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
     if resumed_step >= 0:
         csv.go_on_from(resumed_step)
     loggers: list[Logger] = [csv]
-    if conf.tracking.wandb:
+    track = bool(conf.tracking.wandb) and wandb_mode() != "disabled"
+    if track:
         loggers.append(
             wandb_logger(
                 run_dir,
@@ -166,11 +198,13 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
         SeedSteps(conf.seed),
         Provenance(_describe(conf, datamodule)),
         LearningRateMonitor("epoch"),
-        ModelCheckpoint(checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False),
     ]
     if datamodule.split.val:
-        best = ModelCheckpoint(checkpoints, "best", monitor="val/loss", mode="min", enable_version_counter=False)
+        best = _Checkpoint(checkpoints, "best", monitor="val/loss", mode="min", enable_version_counter=False)
         callbacks.append(best)
+    # After the best one, whose score it holds: otherwise a resumed run would not know the last epoch's and might put a
+    # worse checkpoint in its place.
+    callbacks.append(_Checkpoint(checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False))
     trainer = build_trainer(conf.trainer, run_dir, callbacks=callbacks, loggers=loggers)
     if not datamodule.split.val:
         trainer.limit_val_batches = 0
@@ -179,7 +213,7 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
         trainer.fit(model, datamodule=datamodule, ckpt_path=last if resumed_step >= 0 else None, weights_only=True)
         failed = False
     finally:
-        if conf.tracking.wandb:
+        if track:
             finish_wandb(run_dir, failed=failed)
     return run_dir
 

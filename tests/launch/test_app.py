@@ -1,0 +1,252 @@
+"""The console scripts: quick to answer, and every mistake in a configuration is one sentence and exit code 1."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mrgen.errors import UserError
+from mrgen.launch import app
+from mrgen.launch.paths import CONF_DIR
+from tests.launch.tools import TINY, Called, tiny_run
+
+Script = Callable[..., Called]
+HEAVY = "torch pytorch_lightning lightning torchio torchmetrics monai wandb nilearn nibabel SimpleITK scipy matplotlib"
+PRESET = "experiment=rsnet/rsnet"
+
+
+# ----- starting ----------------------------------------------------------------------------------------------------
+
+
+def test_the_entry_points_import_nothing_heavy():
+    code = "import sys, mrgen.train, mrgen.prepare, mrgen.evaluate; print(*{m.partition('.')[0] for m in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert {"mrgen", "hydra"} <= loaded
+    assert not loaded & set(HEAVY.split())
+
+
+@pytest.mark.parametrize("script", ["train", "prepare", "evaluate"])
+def test_help_shows_the_groups_the_presets_and_two_examples(mrgen: Script, script: str, tmp_path: Path):
+    called = mrgen(script, "--help")
+    assert called.code == 0
+    assert not list(tmp_path.iterdir())
+    groups = dict(re.findall(r"^([\w/]+): (.+)$", called.out, flags=re.MULTILINE))
+    if script == "prepare":
+        assert {"phantom", "phantom_wmh", "brats2019", "wmh2017", "own"} <= set(groups["data"].split(", "))
+    else:
+        for folder in (CONF_DIR / "experiment").iterdir():
+            assert groups[f"experiment/{folder.name}"] == ", ".join(sorted(f.stem for f in folder.glob("*.yaml")))
+    examples = called.out.partition("== Examples ==")[2]
+    assert len(re.findall(rf"^mrgen-{script} ", examples, flags=re.MULTILINE)) == 2
+
+
+def test_help_as_a_module_starts_in_one_and_a_half_seconds():
+    """As the best of three: a busy machine says little about what the process has to do."""
+    import time
+
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "mrgen.train", "--help"], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0
+        assert "experiment=rsnet/rsnet" in done.stdout
+        if seconds[-1] < 1.5:
+            break
+    assert min(seconds) < 1.5
+
+
+def test_a_composed_config_can_be_looked_at(mrgen: Script, tmp_path: Path):
+    called = mrgen("train", "--cfg", "job", PRESET, "target=flair", "model.filters=4")
+    assert called.code == 0
+    assert "name: rsnet-${target}" in called.out
+    assert "filters: 4" in called.out
+    assert not (tmp_path / "runs").exists()
+
+
+# ----- mistakes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "overrides", "said"),
+    [
+        ("train", [PRESET, "model.filter=4"], "valid keys: _target_, modalities, target, classes"),
+        ("train", [PRESET, "trainer.max_epoch=4"], "valid keys: accelerator, devices"),
+        ("train", [PRESET, "trget=t1"], "valid keys: .*target, seed, resume, plan"),
+        ("train", [PRESET, "+model.filter=4"], "mrgen.papers.rsnet.RSNet has no filter; valid keys: .*filters, levels"),
+        ("train", ["experiment=rsnet/nope"], "presets: rsnet/rnet, rsnet/rnet_with_mri, rsnet/rsnet"),
+        ("train", ["data=nope"], "Could not find 'data/nope'(.|\n)*phantom"),
+        ("train", [PRESET, "target=t3"], "target is 't3'; expected one of t1, t1ce, t2, flair"),
+        ("train", [PRESET, "target=t2", "model.extra_mri=t2"], "extra_mri is 't2'; expected nearest, null, or one of"),
+        ("train", [PRESET, "model._target_=mrgen.papers.rsnet.Nope"], "_target_ mrgen.papers.rsnet.Nope cannot be imp"),
+        ("train", [PRESET, "model._target_=nope.Nope"], "_target_ nope.Nope cannot be imported"),
+        ("train", [PRESET, "model.levels=1"], "UNet3d needs at least 2 levels, got 1"),
+        ("train", [PRESET, "model.lr=${nope}"], "Interpolation key 'nope' not found"),
+        ("train", [PRESET, "model.lr=[1"], r"no viable alternative at input '\[1'"),
+        ("train", ["experiment=rsnet/swap"], "rsnet-swap is a preset of mrgen-evaluate"),
+        ("train", ["data=own"], "data.layout is not set"),
+        ("prepare", ["data=brats2019"], "data.root is not set; give the folder of the raw cohort"),
+        ("prepare", ["data=own", "data.root=."], "data.layout is not set; give the cohort's table"),
+        ("prepare", ["resume=somewhere"], "Could not override 'resume'"),
+        ("evaluate", ["segmenter=x", "runs=[y]"], "choose a preset, such as experiment=rsnet/swap"),
+        ("evaluate", [PRESET], "No match in the defaults list"),
+        ("evaluate", ["experiment=rsnet/swap", "segmenter=x"], "runs is empty; give the folders of the runs to judge"),
+        ("evaluate", ["experiment=rsnet/swap", "runs=[x]"], "Missing mandatory value: segmenter"),
+        ("evaluate", ["experiment=rsnet/swap", "segmenter=x", "runs=[x]"], "x: no such run folder or checkpoint"),
+        ("evaluate", ["experiment=rsnet/swap", "evaluation.kind=swop"], "evaluation.kind is swop; expected swap"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_1(mrgen: Script, script: str, overrides: list[str], said: str):
+    called = mrgen(script, *overrides, *(["plan=true"] if script == "train" else []))
+    assert called.code == 1
+    assert re.search(said, called.message), called.err
+
+
+def test_a_yaml_file_that_is_none_is_named(mrgen: Script, tmp_path: Path):
+    extra = tmp_path / "mine" / "experiment"
+    extra.mkdir(parents=True)
+    (extra / "broken.yaml").write_text("# @package _global_\nname: [x\n")
+    called = mrgen("train", "--config-dir", str(tmp_path / "mine"), "experiment=broken", "plan=true")
+    assert called.code == 1
+    assert "broken.yaml" in called.message
+
+
+def test_a_misspelt_key_in_a_users_own_preset_names_the_valid_ones(mrgen: Script, tmp_path: Path):
+    extra = tmp_path / "mine" / "experiment"
+    extra.mkdir(parents=True)
+    (extra / "mine.yaml").write_text("# @package _global_\nname: mine\nmodel:\n  filtres: 4\n")
+    called = mrgen("train", "--config-dir", str(tmp_path / "mine"), "experiment=mine", "plan=true")
+    assert called.code == 1
+    assert "RSNet has no filtres; valid keys: modalities, target, classes" in called.message
+
+
+def test_a_missing_store_names_mrgen_prepare_and_the_run_can_be_resumed_once_it_is_there(
+    mrgen: Script, tmp_path: Path, phantom_store: Path, last_words: list[Callable[[], None]], capsys
+):
+    store, run_dir = tmp_path / "later", tmp_path / "a run, 'quoted'=yes"
+    quoted = str(run_dir).replace("'", r"\'")
+    called = mrgen("train", PRESET, *TINY, "trainer.max_epochs=1", f"data.store={store}", f"hydra.run.dir='{quoted}'")
+    assert called.code == 1
+    assert f"run mrgen-prepare data.store={store}" in called.message
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "failed"
+    last_words[-1]()
+    line = capsys.readouterr().err
+    assert line.startswith("resume with: mrgen-train ")
+    assert "no checkpoint yet: it starts over" in line
+
+    import shlex
+
+    arguments = shlex.split(line.partition("mrgen-train")[2].partition("(no checkpoint")[0])
+    shutil.copytree(phantom_store, store)
+    called = mrgen("train", *arguments)
+    assert called.code == 0, called.err
+    assert called.out.splitlines()[-1] == f"run: {run_dir}"
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "finished"
+    assert sorted(path.name for path in run_dir.iterdir() if not path.name.startswith(".")) == [
+        "checkpoints",
+        "config.yaml",
+        "environment.json",
+        "metrics.csv",
+        "split.json",
+        "status.json",
+    ]
+
+
+def test_crops_that_the_network_cannot_take_are_refused(mrgen: Script, phantom_store: Path):
+    called = mrgen("train", PRESET, *TINY, f"data.store={phantom_store}", "model.levels=5")
+    assert called.code == 1
+    assert "the network needs multiples of 16; set data.sampling.divisor=16" in called.message
+    called = mrgen(
+        "train", PRESET, *TINY, f"data.store={phantom_store}", "data/sampling=patch", "data.sampling.size=[16,20,16]"
+    )
+    assert called.code == 1
+    assert "data.sampling.size is [16, 20, 16]; expected three multiples of 8" in called.message
+
+
+def test_labels_that_the_regions_are_not_numbered_for_are_refused(mrgen: Script, phantom_store: Path):
+    called = mrgen("train", PRESET, *TINY, f"data.store={phantom_store}", "data.labels=native", "plan=true")
+    assert called.code == 1
+    assert "set data.labels=regions" in called.message
+
+
+def test_sequences_that_the_store_does_not_hold_are_named(mrgen: Script, phantom_store: Path):
+    called = mrgen("train", PRESET, *TINY, f"data.store={phantom_store}", "data.modalities=[t1,t2,apt]")
+    assert called.code == 1
+    assert "prepared with t1, t1ce, t2, flair, without apt" in called.message
+
+
+def test_two_processes_never_share_a_folder(mrgen: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Two runs that start in one second differ by a token; what plans writes no checkpoint."""
+    for token in ("aaaa", "bbbb"):
+        monkeypatch.setattr(app, "_token", token)
+        assert mrgen("train", PRESET, "plan=true", "model.filters=2", "model.levels=2").code == 0
+    folders = sorted((tmp_path / "runs" / "rsnet-t2").iterdir())
+    assert [folder.name[-4:] for folder in sorted(folders, key=lambda f: f.name[-4:])] == ["aaaa", "bbbb"]
+    assert not list((tmp_path / "runs").rglob("*.ckpt"))
+
+
+def test_every_job_of_a_sweep_has_a_folder_of_its_own(mrgen: Script, tmp_path: Path):
+    """Sweeping presets as well: their names hold slashes."""
+    small = ("model.filters=2", "model.levels=2", "plan=true")
+    called = mrgen("train", "-m", "experiment=rsnet/rsnet,rsnet/rnet", "target=t1,t2", *small)
+    assert called.code == 0, called.err
+    assert called.out.count("plan of ") == 4
+    folders = {
+        path.parents[1].relative_to(tmp_path / "runs").as_posix() for path in tmp_path.rglob(".hydra/config.yaml")
+    }
+    names = ("rsnet-t1", "rsnet-t2", "rnet-t1", "rnet-t2")
+    assert len(folders) == 4
+    for number, name in enumerate(names):
+        assert [f for f in folders if re.fullmatch(rf"{name}/sweep_[\d_-]+_\w{{4}}/{number}", f)], folders
+
+
+# ----- resume ------------------------------------------------------------------------------------------------------
+
+
+def test_resume_reads_the_runs_own_config(rsnet_run: Path):
+    arguments = app._resumed(["trainer.max_epochs=7", f"resume={rsnet_run}"])
+    assert arguments[:4] == ["--config-path", str(rsnet_run), "--config-name", "config"]
+    assert f"hydra.run.dir='{rsnet_run}'" in arguments
+    assert arguments[-1] == "trainer.max_epochs=7"
+
+
+@pytest.mark.parametrize("nothing", [[], ["resume="], ["resume=null"], [PRESET]])
+def test_without_a_folder_nothing_is_resumed(nothing: list[str]):
+    assert app._resumed(nothing) == nothing
+
+
+def test_resuming_what_is_no_run_is_refused(mrgen: Script, tmp_path: Path):
+    for folder in (tmp_path, tmp_path / "not there"):
+        called = mrgen("train", f"resume={folder}")
+        assert called.code == 1
+        assert "no config.yaml there; expected the folder of a run of mrgen-train" in called.message
+
+
+def test_a_resumed_run_keeps_its_groups(rsnet_run: Path):
+    with pytest.raises(UserError, match=r"tracking=csv: a resumed run keeps its tracking; .* tracking\.KEY=VALUE"):
+        app._resumed([f"resume={rsnet_run}", "tracking=csv"])
+
+
+def test_resume_goes_on_with_single_values_changed(mrgen: Script, tmp_path: Path, phantom_store: Path):
+    run_dir = tiny_run(tmp_path / "run", phantom_store)
+    called = mrgen("train", f"resume={run_dir}", "trainer.max_epochs=2")
+    assert called.code == 0, called.err
+    assert "epoch 2/2" in called.out
+    assert "epoch 1/" not in called.out
+    assert not list(run_dir.rglob("*.log"))
+
+
+def test_a_folder_that_holds_a_run_is_refused_without_resume(
+    mrgen: Script, rsnet_run: Path, tmp_path: Path, phantom_store: Path
+):
+    run_dir = tmp_path / "run"
+    shutil.copytree(rsnet_run, run_dir)
+    called = mrgen("train", PRESET, *TINY, f"data.store={phantom_store}", f"hydra.run.dir={run_dir}")
+    assert called.code == 1
+    assert f"holds a finished or interrupted run; give another folder, or go on with resume={run_dir}" in called.message

@@ -1,0 +1,80 @@
+"""metrics.csv: one row a step, whole at every moment, continued by a resumed run."""
+
+from pathlib import Path
+
+import pytest
+
+from mrgen.launch.csv_logger import CsvLogger, read_metrics
+
+
+@pytest.fixture
+def logger(tmp_path: Path) -> CsvLogger:
+    return CsvLogger(tmp_path / "metrics.csv")
+
+
+def test_one_row_a_step_with_epoch_and_step_first(logger: CsvLogger):
+    logger.log_metrics({"train/loss": 2.0, "epoch": 0}, step=0)
+    logger.log_metrics({"val/loss": 1.5, "epoch": 0}, step=0)
+    logger.log_metrics({"train/loss": 1.0, "epoch": 1.0}, step=4)
+    logger.save()
+    assert logger.path.read_text().splitlines() == [
+        "epoch,step,train/loss,val/loss",
+        "0,0,2.0,1.5",
+        "1,4,1.0,",
+    ]
+    assert read_metrics(logger.path)[1] == {"epoch": "1", "step": "4", "train/loss": "1.0", "val/loss": ""}
+
+
+def test_numbers_are_written_exactly(logger: CsvLogger):
+    logger.log_metrics({"x": 0.1 + 0.2, "y": 1e-300}, step=0)
+    logger.save()
+    (row,) = read_metrics(logger.path)
+    assert (float(row["x"]), float(row["y"])) == (0.1 + 0.2, 1e-300)
+
+
+def test_a_later_logger_continues_the_file(logger: CsvLogger):
+    logger.log_metrics({"loss": 2.0}, step=0)
+    logger.save()
+    later = CsvLogger(logger.path)
+    later.log_metrics({"loss": 1.0, "new": 3.0}, step=1)
+    later.finalize("success")
+    assert [(row["step"], row["loss"], row["new"]) for row in read_metrics(logger.path)] == [
+        ("0", "2.0", ""),
+        ("1", "1.0", "3.0"),
+    ]
+
+
+def test_rows_after_the_checkpoint_are_forgotten(logger: CsvLogger):
+    for step in range(4):
+        logger.log_metrics({"loss": float(step)}, step=step)
+    logger.save()
+    resumed = CsvLogger(logger.path)
+    resumed.go_on_from(1)
+    resumed.log_metrics({"loss": 20.0}, step=2)
+    resumed.save()
+    assert [row["loss"] for row in read_metrics(logger.path)] == ["0.0", "1.0", "20.0"]
+
+
+def test_nothing_logged_writes_nothing_and_no_partial_file_stays(logger: CsvLogger):
+    logger.save()
+    assert not logger.path.exists()
+    assert read_metrics(logger.path) == []
+    logger.log_metrics({"loss": 1.0})
+    logger.save()
+    assert [path.name for path in logger.path.parent.iterdir()] == ["metrics.csv"]
+
+
+def test_a_reader_never_sees_half_a_file(logger: CsvLogger, monkeypatch: pytest.MonkeyPatch):
+    """The new file takes the old one's place in one step; killed before that, the old one is whole."""
+    logger.log_metrics({"loss": 1.0}, step=0)
+    logger.save()
+    before = logger.path.read_text()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mrgen.launch.csv_logger.os.replace", killed)
+    logger.log_metrics({"loss": 2.0}, step=1)
+    with pytest.raises(KeyboardInterrupt):
+        logger.save()
+    assert logger.path.read_text() == before

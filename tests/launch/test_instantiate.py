@@ -1,0 +1,120 @@
+"""The constructor's signature is the schema, and a checkpoint can ask for nothing but mrgen's own classes."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from mrgen.errors import UserError
+from mrgen.launch.instantiate import instantiate, instantiate_mrgen, plain
+
+BOX = "mrgen.data.crops.BrainBox"
+UNET = "mrgen.nets.unet3d.UNet3d"
+
+
+def test_builds_what_the_target_says():
+    box = instantiate(OmegaConf.create({"_target_": BOX, "size": [16, 24, 8]}), divisor=4)
+    assert (box.size, box.divisor) == ((16, 24, 8), 4)
+
+
+def test_nested_and_partial_targets_are_built():
+    conf = {
+        "_target_": "mrgen.segmenter.SegmenterModule",
+        "net": {"_target_": "mrgen.nets.unet3d.SegmentationUNet3d", "_partial_": True, "filters": 2, "levels": 2},
+        "modalities": ["t1", "flair"],
+        "classes": ["background", "lesion"],
+        "regions": {"WMH": [1]},
+    }
+    module = instantiate(conf)
+    assert module.forward({name: torch.zeros(1, 1, 8, 8, 8) for name in ("t1", "flair")}).shape == (1, 2, 8, 8, 8)
+
+
+def test_constructors_get_plain_containers():
+    """A ListConfig among the arguments would end up in a checkpoint that weights_only=True refuses."""
+    args = instantiate(OmegaConf.create({"_target_": "builtins.dict", "a": {"b": [1, {"c": 2}]}}))
+    assert type(args["a"]) is dict
+    assert type(args["a"]["b"]) is list
+    assert type(args["a"]["b"][1]) is dict
+
+
+def test_a_misspelt_key_is_named_with_the_valid_ones():
+    with pytest.raises(UserError, match=r"BrainBox has no sise; valid keys: size, divisor$"):
+        instantiate({"_target_": BOX, "sise": None})
+
+
+def test_a_misspelt_key_deep_inside_is_named():
+    conf = {"_target_": "builtins.dict", "nets": [{"net": {"_target_": UNET, "_partial_": True, "fitlers": 2}}]}
+    with pytest.raises(UserError, match=r"UNet3d has no fitlers; valid keys: in_channels, filters, levels, dropout$"):
+        instantiate(conf)
+
+
+def test_a_target_that_takes_any_key_is_not_checked():
+    assert instantiate({"_target_": "builtins.dict", "anything": 1}) == {"anything": 1}
+    assert instantiate({"_target_": "torchio.RandomFlip", "axes": ["LR"], "p": 0.5}).probability == 0.5
+
+
+@pytest.mark.parametrize("target", ["nope.Nope", "mrgen.data.crops.Nope", "mrgen.nope.Nope", "torch.nn.nope", "Nope"])
+def test_an_unknown_target_is_named(target: str):
+    with pytest.raises(UserError, match=f"_target_ {target} cannot be imported"):
+        instantiate({"_target_": target})
+
+
+def test_a_missing_argument_is_named():
+    with pytest.raises(UserError, match=r"mrgen.nets.unet3d.UNet3d: .*missing.*in_channels"):
+        instantiate({"_target_": UNET})
+
+
+def test_the_constructors_own_refusal_is_a_sentence():
+    with pytest.raises(UserError, match="UNet3d needs at least 2 levels, got 1"):
+        instantiate({"_target_": UNET, "in_channels": 1, "levels": 1})
+
+
+def test_a_users_error_passes_unchanged():
+    with pytest.raises(UserError, match=r"^data.sampling.size is \[3, 8, 8\]; expected three multiples of 8"):
+        instantiate({"_target_": BOX, "size": [3, 8, 8]})
+
+
+def test_plain_resolves():
+    conf = OmegaConf.create({"a": 3, "b": {"c": "${a}"}})
+    assert plain(conf) == {"a": 3, "b": {"c": 3}}
+    assert plain("text") == "text"
+
+
+# ----- what a checkpoint says --------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_builds_mrgens_classes():
+    assert instantiate_mrgen({"_target_": UNET, "in_channels": 1, "filters": 2, "levels": 2}).divisor == 2
+
+
+@pytest.mark.parametrize(
+    "conf",
+    [
+        {"_target_": "os.system", "command": "touch {touched}"},
+        {"_target_": "mrgenx.Net"},
+        {"_target_": ["os.system"]},
+        {"_target_": UNET, "in_channels": {"_target_": "os.system", "command": "touch {touched}"}},
+        {"_target_": UNET, "in_channels": 1, "filters": [1, [{"_target_": "os.system", "command": "touch {touched}"}]]},
+        {"in_channels": ({"_target_": "subprocess.run", "args": ["touch", "{touched}"]},)},
+    ],
+)
+def test_a_checkpoint_that_asks_for_another_class_is_refused_and_nothing_runs(conf, tmp_path):
+    touched = tmp_path / "touched"
+
+    def filled(node):
+        if isinstance(node, dict):
+            return {key: filled(value) for key, value in node.items()}
+        if isinstance(node, list | tuple):
+            return type(node)(filled(value) for value in node)
+        return node.replace("{touched}", str(touched)) if isinstance(node, str) else node
+
+    with pytest.raises(UserError, match="only mrgen's own classes are built from a checkpoint"):
+        instantiate_mrgen(filled(conf))
+    assert not touched.exists()
+
+
+def test_the_guard_is_what_stops_it():
+    """A config may name any class, a checkpoint may not: the test above can fail."""
+    conf = {"_target_": "torch.nn.Linear", "in_features": 1, "out_features": 2}
+    assert instantiate(conf).out_features == 2
+    with pytest.raises(UserError, match=r"the checkpoint asks for 'torch\.nn\.Linear'"):
+        instantiate_mrgen(conf)

@@ -1,0 +1,82 @@
+"""status.json: running, finished, or failed with the reason; and the line that resumes a failed run comes last."""
+
+import json
+import os
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mrgen.errors import UserError
+from mrgen.launch.status import read_status, recorded, write_json
+
+
+def test_running_then_finished(tmp_path: Path):
+    with recorded(tmp_path, command="mrgen-train"):
+        during = read_status(tmp_path)
+        assert during["state"] == "running"
+        assert during["pid"] == os.getpid()
+        assert "ended" not in during
+    after = read_status(tmp_path)
+    assert after["state"] == "finished"
+    assert after["started"] == during["started"] <= after["ended"]
+
+
+def test_a_failure_is_kept_with_its_reason_and_goes_on(tmp_path: Path, last_words: list[Callable], capsys):
+    with pytest.raises(UserError), recorded(tmp_path, command="mrgen-train"):
+        raise UserError("the store is gone")
+    status = read_status(tmp_path)
+    assert (status["state"], status["reason"]) == ("failed", "UserError: the store is gone")
+    assert capsys.readouterr().err == ""  # not now: the error itself is printed later, and this line comes last
+    (word,) = last_words
+    word()
+    assert capsys.readouterr().err == (
+        f"resume with: mrgen-train resume={tmp_path}  (no checkpoint yet: it starts over)\n"
+    )
+
+
+def test_with_a_checkpoint_the_line_is_a_command_and_nothing_else(tmp_path: Path, last_words: list[Callable], capsys):
+    run_dir = tmp_path / "a run (2)"
+    (run_dir / "checkpoints").mkdir(parents=True)
+    (run_dir / "checkpoints" / "last.ckpt").touch()
+    with pytest.raises(ValueError, match="x"), recorded(run_dir, command="mrgen-train"):
+        raise ValueError("x")
+    last_words[0]()
+    line = capsys.readouterr().err
+    assert shlex.split(line.removeprefix("resume with: ")) == ["mrgen-train", f"resume={run_dir}"]
+
+
+@pytest.mark.parametrize("how", ["at once", "by way of Lightning"])
+def test_ctrl_c_is_called_interrupted(tmp_path: Path, how: str):
+    def interrupted() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            if how == "at once":
+                raise
+            raise SystemExit(1)  # noqa: B904 - as Lightning ends a fit
+
+    with pytest.raises(BaseException), recorded(tmp_path, command="mrgen-train"):  # noqa: B017
+        interrupted()
+    assert (read_status(tmp_path)["state"], read_status(tmp_path)["reason"]) == ("failed", "interrupted")
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, last_words: list[Callable]):
+    with pytest.raises(ValueError, match="x"), recorded(tmp_path, command="mrgen-train", enabled=False):
+        raise ValueError("x")
+    assert list(tmp_path.iterdir()) == []
+    assert last_words == []
+
+
+def test_no_status_is_an_empty_one(tmp_path: Path):
+    assert read_status(tmp_path) == {}
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": [1, 2]})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": [1, 2]}
+    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]

@@ -1,0 +1,332 @@
+"""A run folder, and what stopping and going on does to it: nothing."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mrgen.data.splits import Split
+from mrgen.errors import UserError
+from mrgen.launch.csv_logger import read_metrics
+from mrgen.launch.status import read_status
+from mrgen.launch.training import choose_precision, train
+from mrgen.papers.rsnet import RSNet
+from tests.launch.tools import TINY, tiny_run
+
+# Everything that draws random numbers or keeps state between steps: dropout, augmentation, shuffling over the borders
+# of epochs, Adam, a learning rate that falls every epoch, class weights that fall every epoch.
+STATEFUL = (
+    "data.batch_size=2",
+    "data.steps_per_epoch=4",
+    "augmentation=light",
+    "model.dropout=0.2",
+    "model.lr_step=1",
+    "model.lr_gamma=0.5",
+    "model.weight_decay_rate=0.9",
+    "trainer.log_every_n_steps=1",
+    "seed=3",
+)
+
+
+def checkpoint(run_dir: Path, name: str = "last") -> dict[str, Any]:
+    return torch.load(run_dir / "checkpoints" / f"{name}.ckpt", map_location="cpu", weights_only=True)
+
+
+def differences(a: Any, b: Any, where: str = "") -> list[str]:
+    """Where two nested containers differ by a single bit."""
+    if type(a) is not type(b):
+        return [f"{where}: {type(a).__name__} and {type(b).__name__}"]
+    if isinstance(a, dict):
+        found = [f"{where}: keys {sorted(map(str, a.keys() ^ b.keys()))}"] if a.keys() != b.keys() else []
+        return found + [line for key in a.keys() & b.keys() for line in differences(a[key], b[key], f"{where}/{key}")]
+    if isinstance(a, list | tuple):
+        found = [f"{where}: lengths {len(a)} and {len(b)}"] if len(a) != len(b) else []
+        return found + [
+            line for i, pair in enumerate(zip(a, b, strict=False)) for line in differences(*pair, f"{where}/{i}")
+        ]
+    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    return [] if same else [where]
+
+
+def moved(node: Any, folder: Path) -> Any:
+    """The same with the run's folder called RUN, the only thing in which two equal runs may differ."""
+    if isinstance(node, dict):
+        return {moved(key, folder): moved(value, folder) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return type(node)(moved(value, folder) for value in node)
+    return node.replace(str(folder), "RUN") if isinstance(node, str) else node
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Weights, optimizer, schedules, loop counters, best scores and metrics, bit for bit."""
+    for name in ("last", "best"):
+        assert differences(moved(checkpoint(a, name), a), moved(checkpoint(b, name), b), name) == []
+    assert (a / "metrics.csv").read_text() == (b / "metrics.csv").read_text()
+    assert (a / "split.json").read_text() == (b / "split.json").read_text()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(phantom_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two epochs at one go."""
+    return tiny_run(tmp_path_factory.mktemp("whole") / "run", phantom_store, *STATEFUL, "trainer.max_epochs=2")
+
+
+# ----- the run folder ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_holds_all_that_a_run_was(uninterrupted: Path, phantom_store: Path):
+    assert {path.name for path in uninterrupted.iterdir()} == {
+        "checkpoints",
+        "config.yaml",
+        "environment.json",
+        "metrics.csv",
+        "split.json",
+        "status.json",
+    }
+    assert {path.name for path in (uninterrupted / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert read_status(uninterrupted)["state"] == "finished"
+    config = (uninterrupted / "config.yaml").read_text()
+    assert "${" not in config
+    assert "dropout: 0.2" in config
+    assert "clipped" not in config
+    split = Split.load(uninterrupted / "split.json")
+    assert [len(part) for part in (split.train, split.val, split.test)] == [5, 1, 2]
+    environment = json.loads((uninterrupted / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__
+
+
+def test_metrics_have_every_step_and_every_epoch(uninterrupted: Path):
+    rows = read_metrics(uninterrupted / "metrics.csv")
+    assert [(int(row["epoch"]), int(row["step"])) for row in rows] == [(step // 4, step) for step in range(8)]
+    assert all(float(row["train/loss_step"]) > 0 for row in rows)
+    for row in rows[3::4]:
+        for column in ("train/loss_epoch", "train/synthesis", "train/segmentation", "val/loss", "val/dice_WT"):
+            assert row[column] != ""
+    rates = [float(row["lr-Adam"]) for row in rows if row["lr-Adam"]]
+    assert rates == pytest.approx([2e-4, 1e-4])
+
+
+def test_best_is_the_epoch_of_least_validation_loss(uninterrupted: Path):
+    losses = [float(row["val/loss"]) for row in read_metrics(uninterrupted / "metrics.csv") if row["val/loss"]]
+    assert checkpoint(uninterrupted, "best")["epoch"] == losses.index(min(losses))
+    assert checkpoint(uninterrupted, "last")["epoch"] == 1
+
+
+def test_without_validation_subjects_there_is_only_a_last_checkpoint(tmp_path: Path, phantom_store: Path):
+    run_dir = tiny_run(tmp_path / "run", phantom_store, "data.split.val=0")
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["last.ckpt"]
+    (row,) = [row for row in read_metrics(run_dir / "metrics.csv") if row["train/loss_epoch"]]
+    assert "val/loss" not in row
+
+
+def test_runs_of_another_seed_differ(uninterrupted: Path, tmp_path: Path, phantom_store: Path):
+    """What the tests of resuming compare with can tell runs apart."""
+    other = tiny_run(tmp_path / "other", phantom_store, *STATEFUL, "trainer.max_epochs=2", "seed=4")
+    assert differences(checkpoint(other)["state_dict"], checkpoint(uninterrupted)["state_dict"])
+    assert (other / "metrics.csv").read_text() != (uninterrupted / "metrics.csv").read_text()
+
+
+# ----- failing -----------------------------------------------------------------------------------------------------
+
+
+def stopped_in(monkeypatch: pytest.MonkeyPatch, *, epoch: int, batch: int, error: BaseException) -> None:
+    """The training step of this epoch and batch raises."""
+    step = RSNet.training_step
+
+    def failing(self: RSNet, data: Any, batch_idx: int) -> Any:
+        if (self.current_epoch, batch_idx) == (epoch, batch):
+            raise error
+        return step(self, data, batch_idx)
+
+    monkeypatch.setattr(RSNet, "training_step", failing)
+
+
+def resumed(run_dir: Path, *overrides: str) -> Path:
+    """What ``mrgen-train resume=FOLDER`` trains, in this process."""
+    from omegaconf import OmegaConf
+
+    conf = OmegaConf.load(run_dir / "config.yaml")
+    return train(OmegaConf.merge(conf, {"resume": str(run_dir)}, OmegaConf.from_dotlist([*overrides])), run_dir)
+
+
+def test_a_failed_run_says_why_and_goes_on_as_if_nothing_had_happened(
+    uninterrupted: Path, tmp_path: Path, phantom_store: Path, monkeypatch, last_words: list[Callable], capsys
+):
+    run_dir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stopped_in(patch, epoch=1, batch=2, error=MemoryError("no 12 GiB left"))
+        with pytest.raises(MemoryError):
+            tiny_run(run_dir, phantom_store, *STATEFUL, "trainer.max_epochs=2")
+    status = read_status(run_dir)
+    assert (status["state"], status["reason"]) == ("failed", "MemoryError: no 12 GiB left")
+    capsys.readouterr()
+    last_words[-1]()
+    assert capsys.readouterr().err == f"resume with: mrgen-train resume={run_dir}\n"
+    assert checkpoint(run_dir)["epoch"] == 0
+
+    resumed(run_dir)
+    assert read_status(run_dir)["state"] == "finished"
+    assert_same_run(run_dir, uninterrupted)
+
+
+def test_ctrl_c_is_a_failure_that_can_be_resumed(
+    uninterrupted: Path, tmp_path: Path, phantom_store: Path, monkeypatch, last_words: list[Callable]
+):
+    import signal
+
+    handler = signal.getsignal(signal.SIGINT)
+    run_dir = tmp_path / "run"
+    try:
+        with monkeypatch.context() as patch:
+            stopped_in(patch, epoch=1, batch=0, error=KeyboardInterrupt())
+            with pytest.raises(SystemExit) as end:
+                tiny_run(run_dir, phantom_store, *STATEFUL, "trainer.max_epochs=2")
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores further ones
+    assert end.value.code == 1
+    assert (read_status(run_dir)["state"], read_status(run_dir)["reason"]) == ("failed", "interrupted")
+    assert len(last_words) == 1
+    resumed(run_dir)
+    assert_same_run(run_dir, uninterrupted)
+
+
+def test_a_run_that_stopped_after_an_epoch_goes_on_to_the_same_weights(
+    uninterrupted: Path, tmp_path: Path, phantom_store: Path
+):
+    run_dir = tiny_run(tmp_path / "run", phantom_store, *STATEFUL, "trainer.max_epochs=1")
+    resumed(run_dir, "trainer.max_epochs=2")
+    assert_same_run(run_dir, uninterrupted)
+
+
+def test_a_finished_run_resumed_stays_as_it_is(uninterrupted: Path, tmp_path: Path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    before = checkpoint(tmp_path / "run")
+    resumed(tmp_path / "run")
+    assert differences(checkpoint(tmp_path / "run"), before) == []
+    assert (tmp_path / "run" / "metrics.csv").read_text() == (uninterrupted / "metrics.csv").read_text()
+
+
+def test_a_killed_run_goes_on_to_the_weights_of_an_uninterrupted_one(
+    uninterrupted: Path, tmp_path: Path, phantom_store: Path
+):
+    """Two real processes: one killed by SIGKILL in the middle of its second epoch, one that resumes it."""
+    run_dir = tmp_path / "run"
+    kill = """
+import os, signal, mrgen.train
+from mrgen.papers.rsnet import RSNet
+step = RSNet.training_step
+def killed(self, batch, batch_idx):
+    if (self.current_epoch, batch_idx) == (1, 2):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, batch, batch_idx)
+RSNet.training_step = killed
+mrgen.train.main()
+"""
+    # As many threads as here: sums are split among them.
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    arguments = ["experiment=rsnet/rsnet", *TINY, *STATEFUL, "trainer.max_epochs=2", f"data.store={phantom_store}"]
+    done = subprocess.run(
+        [sys.executable, "-c", kill, *arguments, f"hydra.run.dir={run_dir}"], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == -9, done.stderr
+    assert read_status(run_dir)["state"] == "running"  # nobody was left to say otherwise
+    assert checkpoint(run_dir)["epoch"] == 0
+    assert int(read_metrics(run_dir / "metrics.csv")[-1]["step"]) == 5  # two steps beyond the checkpoint
+
+    script = Path(sys.executable).with_name("mrgen-train")
+    done = subprocess.run([script, f"resume={run_dir}"], env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "epoch 2/2" in done.stdout
+    assert "epoch 1/2" not in done.stdout
+    assert read_status(run_dir)["state"] == "finished"
+    assert_same_run(run_dir, uninterrupted)
+
+
+# ----- what a resumed run must know ---------------------------------------------------------------------------------
+
+
+def test_the_best_checkpoint_survives_a_resume(tmp_path: Path, phantom_store: Path, monkeypatch: pytest.MonkeyPatch):
+    """Losses 3, 1, 2: the run resumed after the second epoch must know of the 1, or the 2 would take its place."""
+    losses = [3.0, 1.0, 2.0]
+
+    def given(self: RSNet, batch: Any, batch_idx: int) -> None:
+        self.val_means.add({"loss": losses[self.current_epoch]})
+
+    monkeypatch.setattr(RSNet, "validation_step", given)
+    run_dir = tiny_run(tmp_path / "run", phantom_store, "trainer.max_epochs=2")
+    shutil.copytree(run_dir, tmp_path / "copy")
+    resumed(run_dir, "trainer.max_epochs=3")
+    assert checkpoint(run_dir, "last")["epoch"] == 2
+    assert checkpoint(run_dir, "best")["epoch"] == 1
+    run_dir = resumed(tmp_path / "copy", "trainer.max_epochs=3")  # moved, or reached through a link
+    assert checkpoint(run_dir, "last")["epoch"] == 2
+    assert checkpoint(run_dir, "best")["epoch"] == 1
+
+
+def test_a_resumed_run_keeps_its_split_although_the_store_has_grown(tmp_path: Path, phantom_store: Path):
+    """Dealt out anew, a test subject could become one that is trained on."""
+    store = tmp_path / "store"
+    shutil.copytree(phantom_store, store)
+    late = sorted(path.name for path in store.iterdir() if path.is_dir())[:2]
+    for name in late:
+        (store / name).rename(tmp_path / name)
+    run_dir = tiny_run(tmp_path / "run", store)
+    before = Split.load(run_dir / "split.json")
+    for name in late:
+        (tmp_path / name).rename(store / name)
+    resumed(run_dir, "trainer.max_epochs=2")
+    assert Split.load(run_dir / "split.json") == before
+    fresh = tiny_run(tmp_path / "fresh", store)
+    assert Split.load(fresh / "split.json") != before
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
+def test_a_last_checkpoint_that_cannot_be_read_is_one_sentence(rsnet_run: Path, tmp_path: Path, content: bytes | None):
+    shutil.copytree(rsnet_run, tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:5000] if content is None else content)
+    with pytest.raises(UserError, match=r"last.ckpt: cannot be read as a checkpoint of mrgen \(\w+\)$"):
+        resumed(tmp_path / "run")
+
+
+def test_other_ranks_leave_the_status_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mrgen.launch.training.rank_zero_only.rank", 1)
+    with pytest.raises(UserError, match="run mrgen-prepare"):
+        tiny_run(tmp_path / "run", tmp_path / "no store")
+    assert read_status(tmp_path / "run") == {}
+
+
+# ----- settings ----------------------------------------------------------------------------------------------------
+
+
+def test_precision_is_taken_as_asked_and_chosen_by_the_device_otherwise(monkeypatch: pytest.MonkeyPatch):
+    assert choose_precision("16-mixed", "cpu") == "16-mixed"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    assert choose_precision("auto", "gpu") == "32-true"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert choose_precision("auto", "auto") == "bf16-mixed"
+    for native in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda native=native: native, raising=False)
+        assert choose_precision("auto", "cpu") == ("bf16-mixed" if native else "32-true")
+
+
+def test_a_trainer_key_that_lightning_does_not_have_is_named(tmp_path: Path, phantom_store: Path):
+    with pytest.raises(UserError, match=r"Trainer has no max_epoch; valid keys: accelerator, strategy, devices"):
+        tiny_run(tmp_path / "run", phantom_store, "+trainer.max_epoch=3")
+
+
+def test_metrics_csv_is_a_plain_csv(uninterrupted: Path):
+    with (uninterrupted / "metrics.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header[:2] == ["epoch", "step"]
+    assert {len(row) for row in rows} == {len(header)}

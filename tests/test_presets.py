@@ -1,0 +1,122 @@
+"""Every preset composes with every cohort and is planned at its full size; every option of every group composes."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from mrgen.data.layouts import Layout
+from mrgen.launch.paths import CONF_DIR
+from mrgen.launch.plan import FULL_SIZE, plan
+from tests.launch.tools import composed
+
+EXPERIMENTS = CONF_DIR / "experiment"
+PRESETS = sorted(file.relative_to(EXPERIMENTS).with_suffix("").as_posix() for file in EXPERIMENTS.rglob("*.yaml"))
+
+
+def settings(preset: str) -> dict:
+    return yaml.safe_load((EXPERIMENTS / f"{preset}.yaml").read_text())
+
+
+EVALUATIONS = [preset for preset in PRESETS if "evaluation" in settings(preset)]
+TRAININGS = [preset for preset in PRESETS if preset not in EVALUATIONS]
+COHORTS = sorted(file.stem for file in (CONF_DIR / "data").glob("*.yaml") if file.stem != "base")
+GROUPS = {
+    folder.relative_to(CONF_DIR).as_posix(): sorted(file.stem for file in folder.glob("*.yaml"))
+    for folder in sorted(path for path in CONF_DIR.rglob("*") if path.is_dir())
+    if not folder.is_relative_to(EXPERIMENTS)
+}
+
+
+@pytest.fixture(scope="module")
+def own_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cohort of the user's own, of two sequences and one kind of lesion."""
+    path = tmp_path_factory.mktemp("own") / "mine.yaml"
+    path.write_text(
+        "name: mine\nsubjects: ['*']\nimages: {t1: '*t1*', flair: '*flair*'}\nlabel: '*seg*'\n"
+        "label_values: {0: background, 1: lesion}\nregions: {lesion: [1]}\n"
+    )
+    return path
+
+
+@pytest.fixture
+def known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of one TFLOP a second, so that nothing is measured."""
+    monkeypatch.setattr("mrgen.launch.plan._rate", lambda half: 1e12)
+
+
+def test_there_is_something_to_test():
+    assert {"rsnet/rsnet", "rsnet/rnet", "rsnet/rnet_with_mri", "rsnet/snet"} <= set(TRAININGS)
+    assert "rsnet/swap" in EVALUATIONS
+    assert {"phantom", "phantom_wmh", "brats2015", "brats2019", "brats2023", "wmh2017", "own"} <= set(COHORTS)
+    assert {"data", "data/layout", "data/sampling", "model", "trainer", "tracking", "augmentation"} <= set(GROUPS)
+
+
+@pytest.mark.parametrize("preset", TRAININGS)
+@pytest.mark.parametrize("cohort", COHORTS)
+def test_every_preset_composes_with_every_cohort(preset: str, cohort: str, own_table: Path):
+    """Resolved to the last reference, with a target that the cohort has."""
+    own = [f"data.layout={own_table}"] if cohort == "own" else []
+    conf = composed("train", f"experiment={preset}", f"data={cohort}", "target=flair", *own)
+    if cohort == "own":  # the store brings what the file says
+        conf.data.layout = Layout.from_conf(own_table).to_conf()
+        conf.data.modalities = ["t1", "flair"]
+    resolved = OmegaConf.to_container(conf, resolve=True)
+    assert isinstance(resolved, dict)
+    assert resolved["model"]["modalities"] == resolved["data"]["modalities"]
+    classes = resolved["model"]["classes"]
+    assert classes == resolved["data"]["layout"]["classes"][resolved["data"]["labels"]]
+    assert all(number < len(classes) for members in resolved["model"]["regions"].values() for number in members)
+    assert "???" not in (resolved["name"], resolved["data"]["store"])
+
+
+@pytest.mark.parametrize("preset", TRAININGS)
+def test_every_preset_is_planned_at_its_full_size(preset: str, known_rate: None):
+    conf = composed("train", f"experiment={preset}", "data=brats2019", "data.store=/nowhere", "data.steps_per_epoch=57")
+    sampling = OmegaConf.to_container(conf.data.sampling)
+    result = plan(conf)
+    assert result["crop"] == tuple(sampling.get("size") or FULL_SIZE)
+    assert result["parameters"] > 100_000
+    assert result["memory_gib"] > 1
+    assert result["steps"] == 57 * conf.trainer.max_epochs
+    assert result["hours"] == pytest.approx(result["steps"] * result["teraflop_per_step"] / 3600)
+
+
+@pytest.mark.parametrize("preset", TRAININGS)
+@pytest.mark.parametrize("cohort", ["phantom_wmh", "own"])
+def test_every_preset_plans_on_cohorts_of_two_sequences(preset: str, cohort: str, own_table: Path, known_rate: None):
+    """The presets say nothing of the cohort, so that another number of sequences and classes changes the network."""
+    own = [f"data.layout={own_table}"] if cohort == "own" else []
+    sized = ("data.store=/nowhere", "data.sampling.size=[32,32,32]")
+    small = plan(composed("train", f"experiment={preset}", f"data={cohort}", "target=flair", *sized, *own))
+    brats = plan(composed("train", f"experiment={preset}", "data=brats2019", "target=flair", *sized))
+    assert small["parameters"] < brats["parameters"]
+
+
+@pytest.mark.parametrize("preset", EVALUATIONS)
+def test_every_evaluation_composes(preset: str):
+    conf = composed("evaluate", f"experiment={preset}", "segmenter=RUN", "runs=[RUN,RUN]")
+    resolved = OmegaConf.to_container(conf, resolve=True, throw_on_missing=True)
+    assert isinstance(resolved, dict)
+    paper = resolved["evaluation"]["paper"]
+    assert all(len(row) == len(resolved["evaluation"]["regions"]) for row in paper["rows"].values())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_the_difference_and_nothing_else(preset: str):
+    text = (EXPERIMENTS / f"{preset}.yaml").read_text()
+    assert text.startswith("# @package _global_\n")
+    assert "name" in settings(preset)
+    assert "optional" not in text
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [(group, option) for group, options in GROUPS.items() for option in options]
+)
+def test_every_option_of_every_group_composes(group: str, option: str):
+    composed("train", f"{group}={option}")
+    if group == "data" or group == "data/layout":
+        composed("prepare", f"{group}={option}")
+    if group == "trainer":
+        composed("evaluate", f"{group}={option}")
