@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mrgen.errors import UserError
 
-VERSION = 1  # raise it when the same settings grow other subjects
+VERSION = 2  # raise it when the same settings grow other subjects
 SETTINGS = "phantom.json"
 
 

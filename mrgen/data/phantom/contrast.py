@@ -69,8 +69,8 @@ class Scanner:
         return cls(
             contrast={s: float(np.exp(rng.normal(0, 0.13))) for s in SIGNAL["wm"]},
             gain={s: float(np.exp(rng.normal(np.log(380), 0.45))) for s in SIGNAL["wm"]},
-            noise=rng.uniform(0.02, 0.045),
-            bias=rng.uniform(0.06, 0.15),
+            noise=rng.uniform(0.025, 0.06),
+            bias=rng.uniform(0.08, 0.20),
             slab={s: rng.uniform(0, 0.5) if s == "t1" else rng.uniform(0.2, 1.2) for s in SIGNAL["wm"]},
         )
 

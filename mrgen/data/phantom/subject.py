@@ -120,6 +120,9 @@ def grow_subject(
         label = np.where(native == 3, 1, native).astype(np.uint8)
         solid = grown.core - grown.fluid - grown.enhancing
         lesions = {"edema": 0.95 * grown.edema, "solid": solid, "fluid": grown.fluid, "enhancing": grown.enhancing}
+        # The white matter disease of age is as bright as edema and no tumour: intensity alone does not tell them apart.
+        aged = grow_hyperintensities(stream(seed, index, "white matter"), anatomy, coarse, infarct=False)
+        lesions["wmh"] = aged.wmh * (1 - sum(lesions.values(), np.float32(0)))
     else:
         anatomy = grow_anatomy(warp, grid)
         infarct = one_in(6, seed, index, "infarct")
