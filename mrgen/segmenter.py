@@ -29,7 +29,7 @@ class SegmenterModule(LightningModule):
         modalities: the batch's sequences, all of which are inputs.
         classes: names of the classes, background first.
         regions: evaluation regions and their classes.
-        weight_decay_rate, weight_cap: of the class weights, see ``mrgen.losses.segmentation.class_weights``.
+        class_weight_decay, class_weight_cap: of the class weights, see ``mrgen.losses.segmentation.class_weights``.
         lr, betas: of Adam.
         lr_step, lr_gamma: the learning rate is multiplied by ``lr_gamma`` every ``lr_step`` epochs.
     """
@@ -41,8 +41,8 @@ class SegmenterModule(LightningModule):
         modalities: Sequence[str],
         classes: Sequence[str],
         regions: Mapping[str, Sequence[int]],
-        weight_decay_rate: float = 1.0,
-        weight_cap: float = 1000.0,
+        class_weight_decay: float = 1.0,
+        class_weight_cap: float = 1000.0,
         lr: float = 2e-4,
         betas: Sequence[float] = (0.9, 0.999),
         lr_step: int = 50,
@@ -53,7 +53,7 @@ class SegmenterModule(LightningModule):
         self.net = net(in_channels=len(self.sources), classes=len(classes))
         self.divisor = int(getattr(self.net, "divisor", 1))
         self.regions = {name: list(members) for name, members in regions.items()}
-        self.weight_decay_rate, self.weight_cap = weight_decay_rate, weight_cap
+        self.class_weight_decay, self.class_weight_cap = class_weight_decay, class_weight_cap
         self.lr, self.betas, self.lr_step, self.lr_gamma = lr, (betas[0], betas[1]), lr_step, lr_gamma
         self.class_counts: Tensor
         self.register_buffer("class_counts", torch.ones(len(classes)), persistent=False)
@@ -75,7 +75,7 @@ class SegmenterModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         weights = class_weights(
-            self.class_counts, epoch=self.current_epoch, decay=self.weight_decay_rate, cap=self.weight_cap
+            self.class_counts, epoch=self.current_epoch, decay=self.class_weight_decay, cap=self.class_weight_cap
         )
         loss = self.losses(batch, weights)["loss"]
         size = batch["image"].shape[0]

@@ -11,10 +11,17 @@ def task(conf: DictConfig) -> None:
     from pathlib import Path
 
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     if "evaluation" in conf:
         raise UserError(f"{conf.name} is a preset of mrgen-evaluate: there is nothing in it to train")
     run_dir = Path(HydraConfig.get().runtime.output_dir)
+    several = conf.trainer.devices not in (1, "1", "auto") or conf.trainer.get("num_nodes", 1) != 1
+    if HydraConfig.get().mode == RunMode.MULTIRUN and several and not conf.plan:
+        # Lightning would start the second rank with -m, and it would run a sweep of its own.
+        raise UserError(
+            "a sweep trains on one device a job; leave -m out to train on several, or set trainer.devices=1"
+        )
     if conf.plan:
         from mrgen.launch.plan import plan, show
 

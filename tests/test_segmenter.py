@@ -67,7 +67,7 @@ def test_any_network_can_be_the_segmenter():
 
 @pytest.mark.parametrize("rate", [1.0, 0.5])
 def test_training_loss_by_hand(rate):
-    model, batch = snet(weight_decay_rate=rate, weight_cap=100.0), example()
+    model, batch = snet(class_weight_decay=rate, class_weight_cap=100.0), example()
     counts = torch.tensor([800.0, 100.0, 95.0, 5.0])
     model.class_counts.copy_(counts)
     raw = torch.tensor([1.25, 10.0, 1000 / 95, 100.0]) * rate**3 + 1  # Σ m / m_c, the last one capped

@@ -76,6 +76,11 @@ class CohortDataModule(LightningDataModule):
         if not self.split.train:
             raise UserError("data.split leaves no subject for training")
 
+        for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
+            if value < least:
+                raise UserError(f"data.{name} is {value}; expected a whole number from {least} on")
+        if steps_per_epoch is not None and steps_per_epoch < 1:
+            raise UserError(f"data.steps_per_epoch is {steps_per_epoch}; expected a whole number from 1 on, or null")
         self.normalisation, self.sampling = normalisation, sampling
         self.whole = sampling if isinstance(sampling, BrainBox) else BrainBox(divisor=sampling.divisor)
         self.whole.fit(labelled.values())
@@ -87,7 +92,7 @@ class CohortDataModule(LightningDataModule):
         return [self.store.subjects[id] for id in ids]
 
     def class_counts(self) -> list[int]:
-        """Voxels of each class in the training set, background counted within the crop that training sees.
+        """Voxels of each class in the training set, background counted within the box of the whole brain.
 
         The background of the whole scan would only say how much air the scanner saw.
         """

@@ -67,7 +67,8 @@ class Store:
         cohort = read_cohort(self.path)
         if cohort is None:
             raise UserError(
-                f"{path}: found no {_COHORT}, expected a prepared store; run mrgen-prepare data.store={path}"
+                f"{path}: found no {_COHORT}, expected a prepared store; run mrgen-prepare with the "
+                "same data=… (and data.root, data.store), or set data.store"
             )
         self.name: str = cohort["name"]
         self.modalities: tuple[str, ...] = tuple(cohort["modalities"])

@@ -68,7 +68,7 @@ class Swap(LightningModule):
         for name, synthesizer in self.synthesizers.items():
             target = synthesizer.targets[0]
             synthesis = synthesizer.synthesize({source: real[source] for source in synthesizer.sources})
-            # Background is 0 in this scale, and which voxels are background is known from the sources.
+            # Background is 0 in this scale; the mask is the prepared one, to which all sequences of the subject voted.
             mean = synthesis.mean.float() * brain[:, None]
             predicted = self._segment({**real, target: mean})
             row = {"subject": subject, "input": name, **self._dice(predicted, label)}

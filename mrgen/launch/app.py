@@ -84,8 +84,10 @@ def _fail(message: str) -> None:
 def _resumed(arguments: list[str]) -> list[str]:
     """``resume=FOLDER`` becomes the folder's own resolved config, so that nothing else has to be repeated."""
     folders = [a.partition("=")[2] for a in arguments if a.startswith("resume=")]
-    if not folders or folders[-1] in ("", "null"):
-        return arguments
+    if not folders or folders[-1] in ("", "null") or "--config-path" in arguments:
+        return arguments  # the last: another rank of a resumed run, whose arguments are these already
+    if {"-m", "--multirun"} & set(arguments):
+        raise UserError("resume goes on with one run; leave -m out and resume the runs of a sweep one by one")
     folder = Path(folders[-1]).expanduser().resolve()
     # The run writes config.yaml once its store was found; Hydra's copy is there from the start.
     saved = next((place for place in (folder, folder / ".hydra") if (place / "config.yaml").is_file()), None)

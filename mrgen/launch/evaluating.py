@@ -1,6 +1,7 @@
 """From run folders to a judgement: what ``mrgen-evaluate`` does."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -42,11 +43,25 @@ def evaluate_swap(conf: DictConfig, out_dir: Path) -> Path:
         raise UserError(
             f"segmenter={conf.segmenter} is a {type(segmenter.model).__name__}; expected a segmenter such as S-Net"
         )
+    if isinstance(conf.runs, str):
+        raise UserError(f"runs is {conf.runs}; expected a list: runs=[{conf.runs}]")
     runs = [load_run(path) for path in conf.runs]
+    if len({run.checkpoint.resolve() for run in runs}) < len(runs):
+        raise UserError("runs names a run twice; give every run once")
     synthesizers = _named(runs, segmenter)
-    datamodule = _datamodule(conf, segmenter)
+    datamodule = _datamodule(conf, segmenter, runs)
     ids = datamodule.split.test
     notes = [f"Subjects: the {conf.subjects} part of the segmenter's split, {datamodule.store.path.name}."]
+    notes += [
+        f"all real: {segmenter.checkpoint}",
+        *(f"{name}: {run.checkpoint}" for name, run in zip(synthesizers, runs, strict=False)),
+    ]
+    box = list(datamodule.whole.size or ())
+    notes += [
+        f"{run.path.name}: trained in a box of {run.description['data']['box']} voxels, judged in one of {box}."
+        for run in [segmenter, *runs]
+        if not _tile(run) and run.description["data"]["box"] != box
+    ]
     notes += _check_leaks(datamodule, [segmenter, *runs], ids)
 
     pl.seed_everything(conf.seed, verbose=False)
@@ -58,15 +73,15 @@ def evaluate_swap(conf: DictConfig, out_dir: Path) -> Path:
         pictured=_pictured(datamodule),
     )
     trainer = build_trainer(conf.trainer, out_dir, callbacks=[], loggers=[])
+    if len(ids) < trainer.world_size:
+        raise UserError(f"{len(ids)} subjects for {trainer.world_size} devices; lower trainer.devices")
     trainer.test(swap, datamodule=datamodule, verbose=False)
     if not trainer.is_global_zero:
         return out_dir
 
     title = "SMOKE RUN, not a result: swap" if conf.smoke else "Swap"
     known = datamodule.store.layout.regions
-    comparable = all(
-        name in known for name in conf.evaluation.regions
-    )  # the paper's columns, on a cohort that has them
+    comparable = all(name in known for name in conf.evaluation.regions)  # the cohort has the paper's columns
     table = swap_table(
         swap.rows,
         regions=plain(conf.evaluation.regions) if comparable else list(known),
@@ -118,8 +133,8 @@ def _tile(run: Run) -> list[int] | None:
     return sampling["size"] if sampling["_target_"] == "mrgen.data.crops.RandomPatch" else None
 
 
-def _datamodule(conf: DictConfig, segmenter: Run) -> CohortDataModule:
-    """Whole brains of the evaluated subjects, as the segmenter was trained to see them."""
+def _datamodule(conf: DictConfig, segmenter: Run, runs: list[Run]) -> CohortDataModule:
+    """Whole brains of the evaluated subjects, in the box in which the segmenter was trained to see them."""
     ids = {"test": segmenter.split.test, "val": segmenter.split.val}.get(conf.subjects)
     if ids is None:
         raise UserError(f"subjects is {conf.subjects}; expected test or val")
@@ -129,8 +144,12 @@ def _datamodule(conf: DictConfig, segmenter: Run) -> CohortDataModule:
             f"{segmenter.path}: its split has no {conf.subjects} subjects; "
             f"choose subjects={other}, or train with data.split.{conf.subjects} above 0"
         )
+    divisor = math.lcm(*(int(getattr(run.model, "divisor", 1)) for run in [segmenter, *runs]))
+    box = None
+    if not _tile(segmenter):  # rounded up where a synthesizer of more levels asks for it
+        box = [-(-n // divisor) * divisor for n in segmenter.description["data"]["box"]]
     changes: dict[str, Any] = {
-        "sampling": {"_target_": "mrgen.data.crops.BrainBox", "divisor": int(segmenter.conf.data.sampling.divisor)},
+        "sampling": {"_target_": "mrgen.data.crops.BrainBox", "size": box, "divisor": divisor},
         "split": {"kind": "file", "file": str(segmenter.path / "split.json")},
         "augmentation": [],
     }

@@ -1,7 +1,11 @@
 """Objects from configuration, with the constructor's signature as the schema."""
 
+import collections.abc
 import inspect
+import types
+import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -62,6 +66,42 @@ def instantiate_mrgen(conf: Mapping[str, Any], **extra: Any) -> Any:
     return instantiate(conf, **extra)
 
 
+def _check_types(target: str, called: Any, given: Mapping[str, Any]) -> None:
+    """Compares plain values with the annotations: ``model.lr=abc`` is found here and not inside a library."""
+    try:
+        hints = typing.get_type_hints(called.__init__ if inspect.isclass(called) else called)
+    except Exception:  # annotations that cannot be evaluated say nothing
+        return
+    for key, value in given.items():
+        if key in hints and not _fits(value, hints[key]):
+            expected = getattr(hints[key], "__name__", None) or str(hints[key])
+            expected = str(hints[key]) if typing.get_args(hints[key]) else expected
+            expected = expected.replace("typing.", "").replace("collections.abc.", "")
+            raise UserError(f"{target}: {key} is {value!r}; expected {expected}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value can be meant by an annotation; annotations of classes of ours are not looked at."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if hint is type(None) or hint is None:
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    if origin is collections.abc.Sequence or origin is list:
+        return isinstance(value, list | tuple) and all(_fits(item, arguments[0]) for item in value)
+    if origin is collections.abc.Mapping or origin is dict:
+        return isinstance(value, Mapping)
+    return not (hint is Path and not isinstance(value, str | Path))
+
+
 def _check(node: Any) -> None:
     """Compares the keys of every ``_target_`` below ``node`` with the target's signature."""
     if isinstance(node, Mapping):
@@ -80,6 +120,7 @@ def _check(node: Any) -> None:
                 given = [
                     key for key in node if key not in ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
                 ]
+                _check_types(target, called, {key: node[key] for key in given})
                 if unknown := [key for key in given if key not in valid]:
                     raise UserError(f"{target} has no {', '.join(unknown)}; valid keys: {', '.join(valid)}")
         for value in node.values():

@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 from rich.console import Console
 
-from mrgen.data.layouts import Layout
+from mrgen.data.layouts import Layout, read_layouts
 from mrgen.data.phantom import grow_cohort
 from mrgen.data.preparation import Report, prepare_cohort, render
 from mrgen.errors import UserError
@@ -33,19 +33,22 @@ def prepare(conf: DictConfig) -> Report:
         raise UserError("data.layout is not set; give the cohort's table of patterns: data.layout=my_cohort.yaml")
     layout = Layout.from_conf(data["layout"])
     root = Path(data["root"]).expanduser()
+    store = Path(data["store"]).expanduser()
+    if {store.resolve(), *store.resolve().parents} & {root.resolve()} or store.resolve() in root.resolve().parents:
+        raise UserError(
+            f"data.store={store} and data.root={root} lie in one another; the store needs a folder of its own"
+        )
     if phantom := data.get("phantom"):
         grow_cohort(root, layout=layout.name, sequences=data["modalities"], workers=conf.workers, **phantom)
     report = prepare_cohort(
         layout,
         root,
-        None if conf.check else Path(data["store"]).expanduser(),
+        None if conf.check else store,
         modalities=data["modalities"],
         workers=conf.workers,
         check=conf.check,
         strict=conf.strict,
-        known_layouts={
-            file.stem: Layout.from_conf(file) for file in sorted((CONF_DIR / "data" / "layout").glob("*.yaml"))
-        },
+        known_layouts=read_layouts(CONF_DIR / "data" / "layout"),
     )
     console = Console()
     (console if console.is_terminal else Console(width=160)).print(render(report), soft_wrap=True)

@@ -59,6 +59,8 @@ def recorded(run_dir: Path, *, command: str, enabled: bool = True) -> Iterator[N
         save(state="failed", reason=reason, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
         if enabled:
             _say_how_to_go_on(run_dir, command)
+        if isinstance(error, SystemExit) and not error.code:  # Lightning's answer to SIGTERM would end with code 0
+            raise SystemExit(143) from error
         raise
     save(state="finished", ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
 

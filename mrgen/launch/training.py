@@ -113,6 +113,7 @@ def _describe(conf: DictConfig, datamodule: CohortDataModule) -> dict[str, Any]:
             "labels": conf.data.labels,
             "classes": list(datamodule.classes),
             "normalisation": plain(conf.data.normalisation),
+            "box": list(datamodule.whole.size or ()),  # norms that use a volume's own statistics depend on it
             "intensity_scale": {name: list(datamodule.intensity_scale(name)) for name in datamodule.modalities},
         },
     }
@@ -149,9 +150,11 @@ def train(conf: DictConfig, run_dir: Path) -> Path:
 
 def _train(conf: DictConfig, run_dir: Path) -> Path:
     last = run_dir / "checkpoints" / "last.ckpt"
+    saved: dict[str, Any] = {}
     if conf.resume and last.is_file():
         try:
-            resumed_step = int(torch.load(last, weights_only=True, map_location="cpu")["global_step"])
+            saved = torch.load(last, weights_only=True, map_location="cpu")
+            resumed_step = int(saved["global_step"])
         except Exception as error:  # corrupt, truncated, or holding more than plain containers
             raise UserError(f"{last}: cannot be read as a checkpoint of mrgen ({type(error).__name__})") from error
     elif last.is_file():
@@ -162,7 +165,8 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
         resumed_step = -1
 
     fill_from_store(conf)
-    OmegaConf.save(OmegaConf.create(plain(conf)), run_dir / "config.yaml")
+    if not isinstance(conf.seed, int) or conf.seed < 0:
+        raise UserError(f"seed is {conf.seed!r}; expected a whole number from 0 on")
     pl.seed_everything(conf.seed, verbose=False)
     # A resumed run keeps its split although the store may have grown: who was tested may not become who is trained on.
     kept = {"split": {"kind": "file", "file": str(run_dir / "split.json")}} if resumed_step >= 0 else {}
@@ -175,6 +179,15 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
             f"crops are {shapes[0]} and {shapes[1]} voxels and the network needs multiples of {model.divisor}; "
             f"set data.sampling.divisor={model.divisor}"
         )
+    if saved:
+        try:
+            model.load_state_dict(saved["state_dict"])
+        except RuntimeError as error:
+            raise UserError(
+                f"{last} holds another network than the config describes; a resumed run keeps its model"
+            ) from error
+    # Only now: what was refused above must leave the folder as it was.
+    OmegaConf.save(OmegaConf.create(plain(conf)), run_dir / "config.yaml")
     datamodule.split.save(run_dir / "split.json")
     write_json(run_dir / "environment.json", _environment())
 
@@ -208,6 +221,11 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
     trainer = build_trainer(conf.trainer, run_dir, callbacks=callbacks, loggers=loggers)
     if not datamodule.split.val:
         trainer.limit_val_batches = 0
+    elif len(datamodule.split.val) < trainer.world_size:
+        raise UserError(
+            f"{len(datamodule.split.val)} validation subjects for {trainer.world_size} devices; each needs one: "
+            "raise data.split.val or lower trainer.devices"
+        )
     failed = True
     try:
         trainer.fit(model, datamodule=datamodule, ckpt_path=last if resumed_step >= 0 else None, weights_only=True)

@@ -26,6 +26,10 @@ class UNet3d(nn.Module):
         super().__init__()
         if levels < 2:
             raise ValueError(f"UNet3d needs at least 2 levels, got {levels}")
+        if filters < 1 or not 0 <= dropout < 1:
+            raise ValueError(
+                f"UNet3d: filters is {filters} and dropout {dropout}; expected 1 or more, and 0 to below 1"
+            )
         self.out_channels = filters
         self.divisor = 2 ** (levels - 1)
         widths = [filters * 2**level for level in range(levels)]

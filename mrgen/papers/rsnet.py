@@ -44,8 +44,8 @@ class RSNet(LightningModule):
         extra_mri: the input MRI that the regression block sees: ``nearest`` contrast, a sequence's name, or None.
         filters, levels, dropout: of the U-Net, see ``UNet3d``.
         segmentation_weight: λ of L = L_syn + λ · L_seg.
-        weight_decay_rate: r of w_c(e) = (Σ m / m_c) · r^e + 1; 1 is the paper's static rule.
-        weight_cap: upper bound of Σ m / m_c.
+        class_weight_decay: r of w_c(e) = (Σ m / m_c) · r^e + 1; 1 is the paper's static rule.
+        class_weight_cap: upper bound of Σ m / m_c.
         lr, betas: of Adam.
         lr_step, lr_gamma: the learning rate is multiplied by ``lr_gamma`` every ``lr_step`` epochs.
     """
@@ -65,8 +65,8 @@ class RSNet(LightningModule):
         levels: int = 4,
         dropout: float = 0.05,
         segmentation_weight: float = 1.0,
-        weight_decay_rate: float = 1.0,
-        weight_cap: float = 1000.0,
+        class_weight_decay: float = 1.0,
+        class_weight_cap: float = 1000.0,
         lr: float = 2e-4,
         betas: Sequence[float] = (0.9, 0.999),
         lr_step: int = 50,
@@ -87,7 +87,7 @@ class RSNet(LightningModule):
         self.extra_mri = extra_mri
         self.regions = {name: list(members) for name, members in regions.items()}
         self.segmentation_weight = segmentation_weight
-        self.weight_decay_rate, self.weight_cap = weight_decay_rate, weight_cap
+        self.class_weight_decay, self.class_weight_cap = class_weight_decay, class_weight_cap
         self.lr, self.betas, self.lr_step, self.lr_gamma = lr, (betas[0], betas[1]), lr_step, lr_gamma
 
         self.unet = UNet3d(len(self.sources), filters=filters, levels=levels, dropout=dropout)
@@ -139,7 +139,7 @@ class RSNet(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         weights = class_weights(
-            self.class_counts, epoch=self.current_epoch, decay=self.weight_decay_rate, cap=self.weight_cap
+            self.class_counts, epoch=self.current_epoch, decay=self.class_weight_decay, cap=self.class_weight_cap
         )
         losses = self.losses(batch, weights)
         size = batch["image"].shape[0]

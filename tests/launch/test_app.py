@@ -133,7 +133,8 @@ def test_a_missing_store_names_mrgen_prepare_and_the_run_can_be_resumed_once_it_
     quoted = str(run_dir).replace("'", r"\'")
     called = mrgen("train", PRESET, *TINY, "trainer.max_epochs=1", f"data.store={store}", f"hydra.run.dir='{quoted}'")
     assert called.code == 1
-    assert f"run mrgen-prepare data.store={store}" in called.message
+    assert f"{store}: found no cohort.json" in called.message
+    assert "run mrgen-prepare with" in called.message
     assert json.loads((run_dir / "status.json").read_text())["state"] == "failed"
     last_words[-1]()
     line = capsys.readouterr().err
@@ -250,3 +251,16 @@ def test_a_folder_that_holds_a_run_is_refused_without_resume(
     called = mrgen("train", PRESET, *TINY, f"data.store={phantom_store}", f"hydra.run.dir={run_dir}")
     assert called.code == 1
     assert f"holds a finished or interrupted run; give another folder, or go on with resume={run_dir}" in called.message
+
+
+def test_a_sweep_over_several_devices_is_refused(mrgen: Script):
+    """Lightning's second rank would run a sweep of its own."""
+    called = mrgen("train", "-m", "experiment=rsnet/rsnet", "target=t1,t2", "trainer=ddp")
+    assert called.code == 1
+    assert "a sweep trains on one device a job" in called.err
+
+
+def test_a_sweep_cannot_be_resumed_as_one(mrgen: Script, rsnet_run: Path):
+    called = mrgen("train", "-m", f"resume={rsnet_run}")
+    assert called.code == 1
+    assert "leave -m out" in called.message

@@ -13,6 +13,7 @@ from mrgen.data.splits import Split
 from mrgen.data.store import Store
 from mrgen.errors import UserError
 from mrgen.launch.evaluating import evaluate_swap
+from mrgen.launch.runs import load_run
 from tests.launch.tools import composed, tiny_run
 
 
@@ -55,7 +56,8 @@ def dealt(run_dir: Path, **parts: tuple[str, ...]) -> None:
 
 def test_a_swap_writes_tables_and_a_figure(snet_run: Path, rsnet_run: Path, tmp_path: Path, capsys):
     """Two seeds of one method and target are two rows, and the paper's numbers stand beside both."""
-    out_dir = swapped(tmp_path / "swap", snet_run, rsnet_run, rsnet_run)
+    again = shutil.copytree(rsnet_run, tmp_path / "again")
+    out_dir = swapped(tmp_path / "swap", snet_run, rsnet_run, again)
     assert {path.name for path in out_dir.iterdir()} == {
         "config.yaml",
         "figure.png",
@@ -71,7 +73,7 @@ def test_a_swap_writes_tables_and_a_figure(snet_run: Path, rsnet_run: Path, tmp_
         (subject, name) for subject in tested for name in ("real", "t2/rsnet", "t2/rsnet#2")
     ]
     first, second = ([row for row in subjects if row["input"] == name] for name in ("t2/rsnet", "t2/rsnet#2"))
-    assert [row["dice_WT"] for row in first] == [row["dice_WT"] for row in second]  # one run, given twice
+    assert [row["dice_WT"] for row in first] == [row["dice_WT"] for row in second]  # a copy of one run
 
     table = rows(out_dir / "table.csv")
     assert [(row["synthesised"], row["by"]) for row in table] == [("–", "all real"), ("t2", "rsnet"), ("t2", "rsnet#2")]
@@ -183,3 +185,22 @@ def test_a_synthesis_that_the_segmenter_does_not_read_is_refused(rsnet_run: Path
     narrow = tiny_run(tmp_path / "snet", phantom_store, "data.modalities=[t1,flair]", preset="snet")
     with pytest.raises(UserError, match=r"makes t2 from t1, t1ce, flair; the segmenter was trained on t1, flair"):
         swapped(tmp_path / "swap", narrow, rsnet_run)
+
+
+def test_a_run_counts_once(snet_run: Path, rsnet_run: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="names a run twice"):
+        swapped(tmp_path / "swap", snet_run, rsnet_run, rsnet_run)
+
+
+def test_the_segmenter_is_judged_in_the_box_that_it_was_trained_in(
+    snet_run: Path, rsnet_run: Path, tmp_path: Path, capsys
+):
+    """Its norms take their statistics from the volume that they see, so a tighter box would be another network."""
+    trained = load_run(snet_run)
+    checkpoint = torch.load(trained.checkpoint, weights_only=True)
+    wider = [n + 16 for n in checkpoint["mrgen"]["data"]["box"]]
+    checkpoint["mrgen"]["data"]["box"] = wider
+    other = shutil.copytree(snet_run, tmp_path / "wider")
+    torch.save(checkpoint, other / "checkpoints" / trained.checkpoint.name)
+    table = (swapped(tmp_path / "swap", other, rsnet_run) / "table.md").read_text()
+    assert f"judged in one of {wider}" in table

@@ -118,3 +118,25 @@ def test_the_guard_is_what_stops_it():
     assert instantiate(conf).out_features == 2
     with pytest.raises(UserError, match=r"the checkpoint asks for 'torch\.nn\.Linear'"):
         instantiate_mrgen(conf)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("filters", "abc", "filters is 'abc'; expected int"),
+        ("filters", 4.5, "filters is 4.5; expected int"),
+        ("filters", 0, "filters is 0 and dropout 0.05; expected 1 or more"),
+        ("dropout", True, "dropout is True; expected float"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_found_before_a_library_trips_over_it(key: str, value: object, expected: str):
+    with pytest.raises(UserError, match=expected):
+        instantiate({"_target_": UNET, "in_channels": 3, key: value})
+
+
+def test_types_follow_the_annotations_into_sequences_and_unions():
+    instantiate({"_target_": BOX, "size": None})
+    with pytest.raises(UserError, match="size is 16; expected"):
+        instantiate({"_target_": BOX, "size": 16})
+    with pytest.raises(UserError, match="size is"):
+        instantiate({"_target_": BOX, "size": [16, "x", 16]})

@@ -177,3 +177,13 @@ def test_every_layout_of_conf_is_read():
     tables = sorted((CONF_DIR / "data" / "layout").glob("*.yaml"))
     assert len(tables) >= 8
     assert [Layout.from_conf(file).name for file in tables] == [file.stem for file in tables]
+
+
+def test_the_store_may_not_lie_in_the_cohort(mrgen: Script, raw: Path):
+    """It would be found as part of the cohort the next time."""
+    before = files(raw)
+    for store in (raw, raw / "store", raw.parent):
+        called = mrgen("prepare", "data=brats2019", f"data.root={raw}", f"data.store={store}")
+        assert called.code == 1
+        assert "lie in one another" in called.message
+    assert files(raw) == before

@@ -19,7 +19,7 @@ from mrgen.launch.csv_logger import read_metrics
 from mrgen.launch.status import read_status
 from mrgen.launch.training import choose_precision, train
 from mrgen.papers.rsnet import RSNet
-from tests.launch.tools import TINY, tiny_run
+from tests.launch.tools import TINY, Called, tiny_run
 
 # Everything that draws random numbers or keeps state between steps: dropout, augmentation, shuffling over the borders
 # of epochs, Adam, a learning rate that falls every epoch, class weights that fall every epoch.
@@ -30,7 +30,7 @@ STATEFUL = (
     "model.dropout=0.2",
     "model.lr_step=1",
     "model.lr_gamma=0.5",
-    "model.weight_decay_rate=0.9",
+    "model.class_weight_decay=0.9",
     "trainer.log_every_n_steps=1",
     "seed=3",
 )
@@ -330,3 +330,14 @@ def test_metrics_csv_is_a_plain_csv(uninterrupted: Path):
         header, *rows = csv.reader(file)
     assert header[:2] == ["epoch", "step"]
     assert {len(row) for row in rows} == {len(header)}
+
+
+def test_a_resume_with_another_network_is_refused_and_leaves_the_run_as_it_was(
+    mrgen: Callable[..., Called], rsnet_run: Path, tmp_path: Path
+):
+    run_dir = shutil.copytree(rsnet_run, tmp_path / "copy")
+    before = (run_dir / "config.yaml").read_text()
+    called = mrgen("train", f"resume={run_dir}", "model.filters=4", "trainer.max_epochs=2")
+    assert called.code == 1
+    assert "holds another network than the config describes" in called.message
+    assert (run_dir / "config.yaml").read_text() == before

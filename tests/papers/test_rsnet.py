@@ -208,7 +208,7 @@ def at(**changes):
 )
 @pytest.mark.parametrize("segment", [True, False])
 def test_training_weighs_rare_classes_by_the_papers_rule(rate, cap, raw, segment):
-    model, batch = at(weight_decay_rate=rate, weight_cap=cap, segment=segment), example()
+    model, batch = at(class_weight_decay=rate, class_weight_cap=cap, segment=segment), example()
     weights = torch.tensor(raw)
     weights = weights / ((weights * COUNTS).sum() / COUNTS.sum())  # the mean training voxel weighs 1
     expected = model.losses(batch, weights)
@@ -223,7 +223,7 @@ def test_training_weighs_rare_classes_by_the_papers_rule(rate, cap, raw, segment
 
 @pytest.mark.parametrize("rate", [1.0, 0.5])
 def test_validation_weighs_all_classes_alike_whatever_counts_and_epoch(rate):
-    model, batch = at(weight_decay_rate=rate).eval(), example()
+    model, batch = at(class_weight_decay=rate).eval(), example()
     expected = model.losses(batch, None)
     assert not torch.isclose(expected["loss"], model.training_step(batch, 0))
     model.validation_step(batch, 0)
