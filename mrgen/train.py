@@ -8,6 +8,7 @@ from mrgen.launch.app import run_app
 
 def task(conf: DictConfig) -> None:
     """Trains, or plans with ``plan=true``."""
+    import os
     from pathlib import Path
 
     from hydra.core.hydra_config import HydraConfig
@@ -29,7 +30,9 @@ def task(conf: DictConfig) -> None:
         return
     from mrgen.launch.training import train
 
-    print(f"run: {train(conf, run_dir)}")
+    train(conf, run_dir)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"run: {run_dir}")
 
 
 def main() -> None:

@@ -74,6 +74,7 @@ def quiet() -> None:
         "smaller than the logging interval",
         "exists and is not empty",
         "srun. command is available",
+        "It is recommended to use .self.log.'val/",  # SubjectMeans has added up the ranks already
     ):
         warnings.filterwarnings("ignore", f".*{part}.*")
 
