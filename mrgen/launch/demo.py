@@ -23,7 +23,7 @@ TARGETS = ("t2", "t1ce")
 NARROW = {"snet": "model.net.filters=8", "rsnet": "model.filters=8", "rnet": "model.filters=8"}
 
 
-def demo(folder: Path, *, spacing: float = 3.0, subjects: int = 20, epochs: int = 24) -> Path:
+def demo(folder: Path, *, spacing: float = 3.0, subjects: int = 20, epochs: int = 20) -> Path:
     """Grows and prepares the phantom, trains S-Net and for each target RS-Net and R-Net, and swaps.
 
     Args:
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=Path("demo"))
     parser.add_argument("--spacing", type=float, default=3.0, help="voxel size in mm")
     parser.add_argument("--subjects", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--epochs", type=int, default=20)
     arguments = parser.parse_args()
     out_dir = demo(
         arguments.folder.resolve(), spacing=arguments.spacing, subjects=arguments.subjects, epochs=arguments.epochs
