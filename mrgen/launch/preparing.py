@@ -38,7 +38,7 @@ def prepare(conf: DictConfig) -> Report:
         raise UserError(
             f"data.store={store} and data.root={root} lie in one another; the store needs a folder of its own"
         )
-    if phantom := data.get("phantom"):
+    if (phantom := data.get("phantom")) and not conf.check:  # a check writes nothing
         grow_cohort(root, layout=layout.name, sequences=data["modalities"], workers=conf.workers, **phantom)
     report = prepare_cohort(
         layout,
