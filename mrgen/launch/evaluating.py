@@ -54,7 +54,7 @@ def evaluate_swap(conf: DictConfig, out_dir: Path) -> Path:
     notes = [f"Subjects: the {conf.subjects} part of the segmenter's split, {datamodule.store.path.name}."]
     notes += [
         f"all real: {segmenter.checkpoint}",
-        *(f"{name}: {run.checkpoint}" for name, run in zip(synthesizers, runs, strict=False)),
+        *(f"{name}: {run.checkpoint}" for name, run in zip(synthesizers, runs, strict=True)),
     ]
     box = list(datamodule.whole.size or ())
     notes += [
