@@ -5,5 +5,5 @@ import os
 __version__ = "0.1.0"
 
 # Read by OpenMP when torch is loaded. Its threads otherwise spin at every barrier, and a single other process on the
-# same cores then slows a training step by ten times; sleeping costs nothing measurable on a quiet machine.
+# same cores then slows a training step several times over.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

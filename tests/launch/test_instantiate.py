@@ -140,3 +140,9 @@ def test_types_follow_the_annotations_into_sequences_and_unions():
         instantiate({"_target_": BOX, "size": 16})
     with pytest.raises(UserError, match="size is"):
         instantiate({"_target_": BOX, "size": [16, "x", 16]})
+
+
+@pytest.mark.parametrize("target", ["mrgen.launch.app.os.system", "mrgen.launch.app.run_app", "mrgen.nowhere.Net"])
+def test_a_checkpoint_cannot_reach_other_code_through_mrgens_own_modules(target: str):
+    with pytest.raises(UserError, match="only mrgen's own classes"):
+        instantiate_mrgen({"_target_": target, "command": "true"})
