@@ -14,7 +14,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from mrgen import __version__
 from mrgen.callbacks.console import EpochLine
 from mrgen.callbacks.determinism import SeedSteps
-from mrgen.callbacks.provenance import Provenance
+from mrgen.callbacks.provenance import KEY, Provenance
 from mrgen.data.datamodule import CohortDataModule
 from mrgen.data.store import Store
 from mrgen.errors import UserError
@@ -170,7 +170,9 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
         raise UserError(f"seed is {conf.seed!r}; expected a whole number from 0 on")
     pl.seed_everything(conf.seed, verbose=False)
     # A resumed run keeps its split although the store may have grown: who was tested may not become who is trained on.
-    kept = {"split": {"kind": "file", "file": str(run_dir / "split.json")}} if resumed_step >= 0 else {}
+    kept: dict[str, Any] = {"split": {"kind": "file", "file": str(run_dir / "split.json")}} if resumed_step >= 0 else {}
+    if saved and conf.data.sampling._target_ == "mrgen.data.crops.BrainBox":  # nor may a new head change the box
+        kept["sampling"] = {**plain(conf.data.sampling), "size": saved[KEY]["data"]["box"]}
     datamodule = build_datamodule(conf.data, **kept)
     model = instantiate(conf.model)
     channels_last(model)
