@@ -14,6 +14,7 @@ from mrgen.data.layouts import Layout
 from mrgen.errors import UserError
 from mrgen.launch.instantiate import instantiate, plain
 from mrgen.launch.training import build_datamodule, choose_precision, fill_from_store
+from mrgen.nets.blocks import ConvBlock3d
 
 __all__ = ["plan", "show"]
 
@@ -112,11 +113,8 @@ def _rate(half: bool) -> float:
     """Operations a second of 3D convolutions, forward and backward, on the device that training would use."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     width, side = 16, 48
-    layer = torch.nn.Sequential(
-        torch.nn.Conv3d(width, width, 3, padding=1, bias=False),
-        torch.nn.InstanceNorm3d(width),
-        torch.nn.LeakyReLU(inplace=True),
-    ).to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    layer = ConvBlock3d(width, width)
+    layer.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     x = torch.randn(1, width, side, side, side, device=device, requires_grad=True)
     operations, best = 3 * 2 * width**2 * 27 * side**3, float("inf")
     for _ in range(4):  # the first is a warm-up, the best of the others counts

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mrgen.nets.blocks import ConvBlock3d
+from mrgen.nets.blocks import AvgPool3d, ConvBlock3d, Dropout
 
 __all__ = ["RegressionBlock", "SegmentationBlock", "SegmentationUNet3d", "UNet3d"]
 
@@ -14,6 +14,8 @@ class UNet3d(nn.Module):
     ``levels`` resolution levels of ``filters · 2^n`` channels: two convolution blocks and dropout each, average pooling
     on the way down, transposed convolutions and skip connections on the way up. The paper names "a modified 3D U-Net"
     and no numbers; these follow the same laboratory's sibling networks.
+
+    ``forward`` is ``head`` after ``stem``: what lies before the first dropout is the same in every Monte Carlo sample.
 
     Args:
         in_channels: number of input sequences.
@@ -35,29 +37,37 @@ class UNet3d(nn.Module):
         widths = [filters * 2**level for level in range(levels)]
 
         def double(in_channels: int, out_channels: int) -> nn.Sequential:
-            first = ConvBlock3d(in_channels, out_channels)
-            return nn.Sequential(first, ConvBlock3d(out_channels, out_channels, dropout=dropout))
+            return nn.Sequential(ConvBlock3d(in_channels, out_channels), ConvBlock3d(out_channels, out_channels))
 
         self.down = nn.ModuleList(double(i, o) for i, o in zip([in_channels, *widths[:-1]], widths, strict=True))
-        self.pool = nn.AvgPool3d(2)
+        self.pool = AvgPool3d()
         upwards = list(zip(reversed(widths[1:]), reversed(widths[:-1]), strict=True))  # (deep, shallow) pairs
         self.up = nn.ModuleList(
             nn.ConvTranspose3d(deep, shallow, kernel_size=3, stride=2, padding=1, output_padding=1)
             for deep, shallow in upwards
         )
         self.merge = nn.ModuleList(double(2 * shallow, shallow) for _, shallow in upwards)
+        self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, in, X, Y, Z) -> (B, filters, X, Y, Z)
+    def stem(self, x: Tensor) -> Tensor:  # (B, in, X, Y, Z) -> (B, filters, X, Y, Z)
+        """The first level, up to its dropout."""
         if any(size % self.divisor for size in x.shape[2:]):
             raise ValueError(f"UNet3d: every axis must be divisible by {self.divisor}, got {tuple(x.shape[2:])}")
+        return self.down[0](x)
+
+    def head(self, x: Tensor) -> Tensor:  # (B, filters, X, Y, Z) of the stem -> (B, filters, X, Y, Z)
+        """Everything from the first dropout on."""
+        x = self.dropout(x)
         skips: list[Tensor] = []
-        for level, block in enumerate(self.down):
-            x = block(x if level == 0 else self.pool(x))  # (B, filters · 2^level, X / 2^level, …)
+        for block in self.down[1:]:
             skips.append(x)
-        skips.pop()  # the deepest level goes up, it is no skip
+            x = self.dropout(block(self.pool(x)))  # (B, filters · 2^level, X / 2^level, …)
         for up, merge in zip(self.up, self.merge, strict=True):
-            x = merge(torch.cat([skips.pop(), up(x)], dim=1))
+            x = self.dropout(merge(torch.cat([skips.pop(), up(x)], dim=1)))
         return x
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, in, X, Y, Z) -> (B, filters, X, Y, Z)
+        return self.head(self.stem(x))
 
 
 class RegressionBlock(nn.Module):
@@ -73,7 +83,9 @@ class RegressionBlock(nn.Module):
 
     def __init__(self, in_channels: int, *, extra_channels: int = 1, dropout: float = 0.05):
         super().__init__()
-        half = max(1, in_channels // 2)
+        # In a network of 8 filters, 4 channels behind a norm over brain and air hardly learn: the squared error in
+        # the brain was still 0.9 after 120 steps, with 8 channels it was 0.4.
+        half = max(min(in_channels, 8), in_channels // 2)
         self.body = nn.Sequential(
             ConvBlock3d(in_channels + extra_channels, in_channels, dropout=dropout),
             ConvBlock3d(in_channels, half),
@@ -81,7 +93,8 @@ class RegressionBlock(nn.Module):
         )
 
     def forward(self, latent: Tensor, extra: Tensor | None = None) -> Tensor:  # -> (B, 1, X, Y, Z)
-        return self.body(latent if extra is None else torch.cat([latent, extra], dim=1))
+        # In one type: concatenating half with single precision would compute the whole block in single.
+        return self.body(latent if extra is None else torch.cat([latent, extra.to(latent.dtype)], dim=1))
 
 
 class SegmentationBlock(nn.Sequential):

@@ -22,6 +22,7 @@ from mrgen.losses.segmentation import class_weights, weighted_cross_entropy
 from mrgen.metrics.means import SubjectMeans
 from mrgen.metrics.reconstruction import mse
 from mrgen.metrics.segmentation import region_dice
+from mrgen.nets.monte_carlo import mean_and_variance, only_dropout_active
 from mrgen.nets.unet3d import RegressionBlock, SegmentationBlock, UNet3d
 from mrgen.protocols import Segmentation, Synthesis, Volumes
 
@@ -48,6 +49,9 @@ class RSNet(LightningModule):
         class_weight_cap: upper bound of Σ m / m_c.
         lr, betas: of Adam.
         lr_step, lr_gamma: the learning rate is multiplied by ``lr_gamma`` every ``lr_step`` epochs.
+        mc_samples: Monte Carlo dropout passes of a synthesis, 20 in the paper; 0 is one pass with dropout off and no
+            variance, as is any number where ``dropout`` is 0.
+        mc_batch: how many of them are computed at once; on a processor more than 1 is slower.
     """
 
     scale = "zscore"
@@ -71,8 +75,14 @@ class RSNet(LightningModule):
         betas: Sequence[float] = (0.9, 0.999),
         lr_step: int = 50,
         lr_gamma: float = 0.75,
+        mc_samples: int = 20,
+        mc_batch: int = 1,
     ):
         super().__init__()
+        if mc_samples < 0 or mc_samples == 1 or mc_batch < 1:
+            raise ValueError(
+                f"mc_samples is {mc_samples} and mc_batch {mc_batch}; expected 0 or at least 2, and at least 1"
+            )
         self.modalities, self.target = tuple(modalities), target
         if target not in self.modalities or len(self.modalities) < 2:
             have = ", ".join(self.modalities)
@@ -89,6 +99,7 @@ class RSNet(LightningModule):
         self.segmentation_weight = segmentation_weight
         self.class_weight_decay, self.class_weight_cap = class_weight_decay, class_weight_cap
         self.lr, self.betas, self.lr_step, self.lr_gamma = lr, (betas[0], betas[1]), lr_step, lr_gamma
+        self.mc_samples, self.mc_batch = mc_samples if dropout > 0 else 0, mc_batch
 
         self.unet = UNet3d(len(self.sources), filters=filters, levels=levels, dropout=dropout)
         self.regression = RegressionBlock(filters, extra_channels=int(extra_mri is not None), dropout=dropout)
@@ -106,10 +117,15 @@ class RSNet(LightningModule):
 
     def forward(self, volumes: Volumes) -> tuple[Tensor, Tensor | None]:
         """Synthesis (B, 1, X, Y, Z), z-scored, and class logits (B, C, X, Y, Z) or None."""
-        latent = self.unet(torch.cat([volumes[name] for name in self.sources], dim=1))  # (B, filters, X, Y, Z)
-        extra = None if self.extra_mri is None else volumes[self.extra_mri]
+        latent = self.unet(self._inputs(volumes))  # (B, filters, X, Y, Z)
         logits = None if self.segmentation is None else self.segmentation(latent).float()
-        return self.regression(latent, extra).float(), logits
+        return self.regression(latent, self._extra(volumes)).float(), logits
+
+    def _inputs(self, volumes: Volumes) -> Tensor:
+        return torch.cat([volumes[name] for name in self.sources], dim=1)  # (B, sources, X, Y, Z)
+
+    def _extra(self, volumes: Volumes) -> Tensor | None:
+        return None if self.extra_mri is None else volumes[self.extra_mri]
 
     # ----- training ----------------------------------------------------------------------------------------------
 
@@ -176,14 +192,27 @@ class RSNet(LightningModule):
 
     @torch.no_grad()
     def synthesize(self, volumes: Volumes) -> Synthesis:
-        """The missing sequence from ``sources``; dropout off."""
-        mean, _ = self(volumes)
-        return Synthesis(mean=mean, variance=None, scale=self.scale)
+        """The missing sequence from ``sources``: mean and variance over Monte Carlo dropout samples (section 2).
+
+        What lies before the first dropout is computed once, and the segmentation block not at all.
+        """
+        stem, extra = self.unet.stem(self._inputs(volumes)), self._extra(volumes)  # (B, filters, X, Y, Z)
+
+        def draw(n: int) -> Tensor:
+            latent = self.unet.head(torch.cat([stem] * n) if n > 1 else stem)  # (n · B, filters, X, Y, Z)
+            repeated = torch.cat([extra] * n) if extra is not None and n > 1 else extra
+            return self.regression(latent, repeated).unflatten(0, (n, -1))  # (n, B, 1, X, Y, Z)
+
+        if not self.mc_samples:
+            return Synthesis(mean=draw(1)[0].float(), variance=None, scale=self.scale)
+        with only_dropout_active(self):
+            mean, variance = mean_and_variance(draw, self.mc_samples, self.mc_batch)
+        return Synthesis(mean=mean, variance=variance, scale=self.scale)
 
     @torch.no_grad()
     def segment(self, volumes: Volumes) -> Segmentation:
-        """The tumour from ``sources``. Raises ValueError for R-Net, which has no segmentation block."""
-        _, logits = self(volumes)
-        if logits is None:
+        """The tumour from ``sources``; dropout off. Raises ValueError for R-Net, which has no segmentation block."""
+        if self.segmentation is None:
             raise ValueError("R-Net has no segmentation block")
+        logits = self.segmentation(self.unet(self._inputs(volumes))).float()
         return Segmentation(labels=logits.argmax(dim=1), probabilities=logits.softmax(dim=1))

@@ -52,15 +52,23 @@ def test_every_level_and_every_skip_reaches_the_output():
     assert net(image).std() > 0
 
 
-def test_dropout_is_there_for_monte_carlo_sampling_and_gone_at_0():
-    assert len(dropouts(UNet3d(1, filters=2, levels=3))) == 5  # 3 levels down, 2 up
+def test_dropout_follows_every_level_and_is_gone_at_0():
     assert {layer.p for layer in dropouts(UNet3d(1, filters=2, levels=3, dropout=0.2))} == {0.2}
-    assert not dropouts(UNet3d(1, filters=2, dropout=0.0))
     assert len(dropouts(RegressionBlock(4))) == len(dropouts(SegmentationBlock(4, 4))) == 1
-    net, image = UNet3d(1, filters=2, levels=2, dropout=0.2), torch.rand(1, 1, 4, 4, 4)
+    net, image = UNet3d(1, filters=2, levels=3, dropout=0.2), torch.rand(1, 1, 8, 8, 8)
+    calls = []
+    net.dropout.register_forward_hook(lambda *_: calls.append(1))
     assert not torch.equal(net(image), net(image))
-    net.eval()
+    assert len(calls) == 2 * 5  # 3 levels down, 2 up
+    net = UNet3d(1, filters=2, levels=3, dropout=0.0)
     assert torch.equal(net(image), net(image))
+
+
+def test_nothing_is_dropped_before_the_head():
+    net, image = UNet3d(1, filters=2, levels=2, dropout=0.5), torch.rand(1, 1, 4, 4, 4)
+    assert torch.equal(net.stem(image), net.stem(image))
+    net.eval()
+    assert torch.equal(net.head(net.stem(image)), net(image))
 
 
 def test_a_block_normalises_each_subject_by_itself():

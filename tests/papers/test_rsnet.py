@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -318,15 +320,82 @@ def test_fits_a_cohort_and_takes_the_class_counts_from_it(phantom_store):
 # ----- what evaluation calls ---------------------------------------------------------------------------------------
 
 
-def test_synthesis_is_deterministic_and_without_gradient_in_eval_mode():
-    model, inputs = rsnet(dropout=0.3), volumes(example(), MODALITIES)
-    assert not torch.equal(model.synthesize(inputs).mean, model.synthesize(inputs).mean)  # dropout is there
-    model.eval()
-    first, second = model.synthesize(inputs), model.synthesize(inputs)
-    assert torch.equal(first.mean, second.mean)
-    assert (first.variance, first.scale) == (None, "zscore")
-    assert not first.mean.requires_grad
-    assert torch.equal(first.mean, model(inputs)[0])
+def test_without_samples_a_synthesis_is_one_pass_with_dropout_off():
+    model, inputs = rsnet(dropout=0.3, mc_samples=0).eval(), volumes(example(), MODALITIES)
+    synthesis = model.synthesize(inputs)
+    assert torch.equal(synthesis.mean, model(inputs)[0])
+    assert (synthesis.variance, synthesis.scale) == (None, "zscore")
+    assert not synthesis.mean.requires_grad
+
+
+@pytest.mark.parametrize("make", [rsnet, rnet])
+@pytest.mark.parametrize("subjects", [1, 2])
+def test_mean_and_variance_of_dropout_samples_are_those_of_brute_force(make, subjects):
+    """Twenty passes of the whole network, its dropout layers alone in training mode, all kept."""
+    model, inputs = make(dropout=0.3).eval(), volumes(example(subjects=subjects), MODALITIES)
+    brute = copy.deepcopy(model)
+    brute.segmentation = None  # it would draw numbers of its own
+    for module in brute.modules():
+        module.train(isinstance(module, nn.Dropout))
+    torch.manual_seed(5)
+    with torch.no_grad():
+        passes = torch.stack([brute(inputs)[0] for _ in range(20)])
+    torch.manual_seed(5)
+    synthesis = model.synthesize(inputs)
+    torch.testing.assert_close(synthesis.mean, passes.mean(0))
+    torch.testing.assert_close(synthesis.variance, passes.var(0))
+    assert synthesis.variance.mean() > 0.001
+    assert synthesis.mean.shape == synthesis.variance.shape == (subjects, 1, 8, 8, 8)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7, 50])
+def test_samples_in_batches_are_as_many_and_as_different(batch):
+    """Every sample has its own dropout: with one mask a batch the variance would be far too small."""
+    model, inputs = rsnet(dropout=0.3, mc_samples=200).eval(), volumes(example(subjects=2), MODALITIES)
+    torch.manual_seed(1)
+    alone = model.synthesize(inputs)
+    model.mc_batch = batch
+    seen = []
+    model.regression.register_forward_hook(lambda _, __, out: seen.append(len(out) // 2))
+    torch.manual_seed(2)
+    together = model.synthesize(inputs)
+    assert sum(seen) == 200
+    assert max(seen) == batch
+    assert together.variance.mean() == pytest.approx(float(alone.variance.mean()), rel=0.05)
+    spread = (alone.variance.mean() / 200).sqrt()
+    assert (together.mean - alone.mean).abs().mean() < 3 * spread
+
+
+def test_what_lies_before_the_first_dropout_is_computed_once():
+    model, inputs = rsnet(dropout=0.3).eval(), volumes(example(), MODALITIES)
+    calls = dict.fromkeys(("stem", "deep", "segmentation"), 0)
+
+    def counting(name):
+        return lambda *_: calls.__setitem__(name, calls[name] + 1)
+
+    model.unet.down[0].register_forward_hook(counting("stem"))
+    model.unet.down[1].register_forward_hook(counting("deep"))
+    model.segmentation.register_forward_hook(counting("segmentation"))
+    model.synthesize(inputs)
+    assert calls == {"stem": 1, "deep": 20, "segmentation": 0}
+
+
+def test_sampling_leaves_the_model_as_it_was():
+    model, inputs = rsnet(dropout=0.3).eval(), volumes(example(), MODALITIES)
+    before = copy.deepcopy(model.state_dict())
+    model.synthesize(inputs)
+    assert not any(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_without_dropout_there_is_nothing_to_sample():
+    assert rsnet(dropout=0.0).eval().synthesize(volumes(example(), MODALITIES)).variance is None
+
+
+@pytest.mark.parametrize("wrong", [{"mc_samples": 1}, {"mc_samples": -1}, {"mc_batch": 0}])
+def test_a_variance_needs_two_samples(wrong):
+    with pytest.raises(ValueError, match="expected 0 or at least 2"):
+        rsnet(**wrong)
 
 
 def test_segmentation_is_the_softmax_of_the_logits():
