@@ -11,8 +11,9 @@ from pytorch_lightning import LightningModule
 from mrgen.callbacks.provenance import KEY
 from mrgen.data.splits import Split
 from mrgen.errors import UserError
-from mrgen.launch.instantiate import instantiate_mrgen
+from mrgen.launch.instantiate import instantiate_mrgen, plain
 from mrgen.launch.status import read_status
+from mrgen.launch.training import channels_last
 
 __all__ = ["Run", "load_run"]
 
@@ -37,6 +38,33 @@ class Run:
     conf: DictConfig
     split: Split
 
+    @property
+    def tile(self) -> list[int] | None:
+        """Voxels along x, y, z of the patches that the run was trained on, None where it saw whole brains."""
+        sampling = plain(self.conf.data.sampling)
+        return sampling["size"] if sampling["_target_"] == "mrgen.data.crops.RandomPatch" else None
+
+    def draw_samples(self, *, mc_samples: int | None = None, mc_batch: int | None = None) -> None:
+        """Other Monte Carlo samples than the checkpoint's, as far as the model's constructor would take them.
+
+        Args:
+            mc_samples, mc_batch: of the model; None leaves its own.
+
+        Raises:
+            UserError: the model draws none, or refuses the number.
+        """
+        asked = {key: n for key, n in (("mc_samples", mc_samples), ("mc_batch", mc_batch)) if n is not None}
+        if not asked:
+            return
+        said = ", ".join(f"{key}={n}" for key, n in asked.items())
+        if lacking := [key for key in asked if not hasattr(self.model, key)]:
+            raise UserError(f"{said}: {self.conf.name} has no {lacking[0]} and draws no samples; leave it out")
+        as_asked = instantiate_mrgen({**self.description["model"], **asked})
+        if asked.get("mc_samples") and not as_asked.mc_samples:
+            raise UserError(f"{said}: {self.conf.name} was trained without dropout; leave it out")
+        for key in asked:
+            setattr(self.model, key, getattr(as_asked, key))
+
 
 def load_run(path: str | Path) -> Run:
     """Loads a run.
@@ -48,7 +76,7 @@ def load_run(path: str | Path) -> Run:
     Raises:
         UserError: nothing there, a run that never saved, or a file that is no checkpoint of mrgen.
     """
-    path = Path(path).expanduser().absolute()
+    path = Path(str(path)).expanduser().absolute()  # Hydra reads a folder called 7 as a number
     if path.is_dir():
         folder, candidates = path, [path / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
         checkpoint = next((file for file in candidates if file.is_file()), None)
@@ -77,7 +105,7 @@ def load_run(path: str | Path) -> Run:
         model.load_state_dict(weights)
     except RuntimeError as error:  # of another version of the network
         raise UserError(f"{checkpoint}: its weights do not fit the model that it describes ({error})") from error
-    model.eval().requires_grad_(False)
+    channels_last(model).eval().requires_grad_(False)
     conf = OmegaConf.load(folder / "config.yaml")
     assert isinstance(conf, DictConfig)
     return Run(folder, checkpoint, model, description, conf, Split.load(folder / "split.json"))
