@@ -18,12 +18,14 @@ class Batch(TypedDict):
         label: (B, X, Y, Z) int64, the mapped class, 255 where ignored.
         brain: (B, X, Y, Z) bool.
         subject: B ids.
+        spacing: (B, 3) float32, voxel sides in mm along x, y, z.
     """
 
     image: Tensor
     label: Tensor
     brain: Tensor
     subject: list[str]
+    spacing: Tensor
 
 
 def volumes(batch: Batch, modalities: Sequence[str]) -> dict[str, Tensor]:

@@ -61,7 +61,9 @@ class CropDataset(Dataset):
         label = torch.from_numpy(self.lookup[subject.read_label(box)])  # (X, Y, Z)
         if self.augment is not None:
             image, label, brain = self._augmented(image, label, brain, int(rng.integers(2**62)))
-        return {"image": image, "label": label, "brain": brain, "subject": subject.id}
+        # The grid is the scan's own: a transform moves what lies on it and not its voxels.
+        spacing = torch.tensor(subject.spacing, dtype=torch.float32)  # (3,)
+        return {"image": image, "label": label, "brain": brain, "subject": subject.id, "spacing": spacing}
 
     def _augmented(self, image: Tensor, label: Tensor, brain: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         import torchio as tio

@@ -3,27 +3,29 @@
 The segmenter is never retrained on synthetic data, so that its loss of Dice measures the synthesis.
 """
 
+import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from mrgen.data.batch import IGNORED, Batch, volumes
-from mrgen.evaluation.table import Table
-from mrgen.metrics.reconstruction import mse, psnr, ssim
-from mrgen.metrics.segmentation import region_dice
-from mrgen.protocols import Segmenter, Synthesizer
+from mrgen.metrics.reconstruction import mae, mse, psnr, ssim
+from mrgen.metrics.segmentation import region_dice, region_hd95
+from mrgen.metrics.uncertainty import calibration_bins, rank_correlation
+from mrgen.protocols import Segmenter, Synthesis, Synthesizer, Volumes
 
-__all__ = ["REAL", "Swap", "swap_table"]
+__all__ = ["REAL", "Swap"]
 
 REAL = "real"
-QUALITY = ("mse", "psnr", "ssim")
+BINS = 20  # of the calibration
+VOXELS = 5000  # of the pictured subject, for a scatter plot
 
 
 class Swap(LightningModule):
-    """Runs under ``Trainer.test``; afterwards ``rows`` (one a subject and input set) and ``slices`` are complete.
+    """Runs under ``Trainer.test``, after which ``rows``, ``calibration`` and ``slices`` are complete.
 
     Under several devices every subject is computed on one rank alone, and the rows of all ranks come together.
 
@@ -33,7 +35,19 @@ class Swap(LightningModule):
             enters as it is, because re-normalising it by its own statistics would hide its bias.
         modalities: the batch's sequences.
         regions: evaluation regions and their classes.
-        pictured: id of the subject whose slices are kept for the figure.
+        pictured: id of the subject whose slices are kept for the figures.
+        seed: with subject and row name it seeds what a synthesizer draws.
+
+    Attributes:
+        rows: one a subject and input set: ``subject``, ``input``, ``dice_REGION`` (0 to 1) and ``hd95_REGION`` (mm). Of
+            a synthesis also ``mse``, ``mae``, ``psnr`` and ``ssim``, each ``_brain`` and ``_tumour``, and where it has
+            a variance ``variance_brain``, ``variance_tumour`` (means) and ``rank_correlation`` (Spearman's, of variance
+            and absolute error in the brain). A subject without lesion has nan in it.
+        calibration: one a subject, synthesis with a variance, and bin: ``subject``, ``input``, ``bin``, ``variance``,
+            ``squared_error``, ``voxels``; see ``calibration_bins``.
+        slices: of the pictured subject, by row name: ``label`` and ``predicted`` (X, Y); of a synthesis ``real`` and
+            ``synthetic`` (X, Y); with a variance ``variance`` (X, Y) and ``voxels``, the ``variance`` and absolute
+            ``error`` (N,) of up to 5000 brain voxels.
     """
 
     def __init__(
@@ -44,6 +58,7 @@ class Swap(LightningModule):
         modalities: Sequence[str],
         regions: Mapping[str, Sequence[int]],
         pictured: str | None = None,
+        seed: int = 0,
     ):
         super().__init__()
         self.segmenter, self.synthesizers = segmenter, dict(synthesizers)
@@ -51,112 +66,103 @@ class Swap(LightningModule):
         models = [segmenter, *self.synthesizers.values()]
         self.networks = nn.ModuleList(model for model in models if isinstance(model, nn.Module))
         self.networks.eval().requires_grad_(False)
-        self.modalities, self.regions, self.pictured = tuple(modalities), dict(regions), pictured
+        self.modalities, self.regions, self.pictured, self.seed = tuple(modalities), dict(regions), pictured, seed
         self.rows: list[dict[str, Any]] = []
+        self.calibration: list[dict[str, Any]] = []
         self.slices: dict[str, dict[str, Any]] = {}
 
     def on_test_epoch_start(self) -> None:
-        self.rows, self.slices = [], {}
+        self.rows, self.calibration, self.slices = [], [], {}
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        real = volumes(batch, self.modalities)
-        label, brain, subject = batch["label"], batch["brain"], batch["subject"][0]
-        tumour = (label > 0) & (label != IGNORED)
+        real, brain, subject = volumes(batch, self.modalities), batch["brain"], batch["subject"][0]
+        tumour = (batch["label"] > 0) & (batch["label"] != IGNORED)
         predicted = self._segment(real)
-        self.rows.append({"subject": subject, "input": REAL, **self._dice(predicted, label)})
-        self._keep(subject, REAL, None, label, predicted)
+        self.rows.append({"subject": subject, "input": REAL, **self._overlap(predicted, batch)})
+        self._keep(REAL, batch, predicted, {})
         for name, synthesizer in self.synthesizers.items():
             target = synthesizer.targets[0]
-            synthesis = synthesizer.synthesize({source: real[source] for source in synthesizer.sources})
+            synthesis = self._synthesize(name, subject, real)
             # Background is 0 in this scale; the mask is the prepared one, to which all sequences of the subject voted.
-            mean = synthesis.mean.float() * brain[:, None]
-            predicted = self._segment({**real, target: mean})
-            row = {"subject": subject, "input": name, **self._dice(predicted, label)}
-            # One range a subject for all methods: that of its real sequence within the brain.
-            inside = real[target][:, 0][brain]
-            data_range = float(inside.max() - inside.min())
-            for where, mask in (("brain", brain), ("tumour", tumour)):
-                pair = mean[0], real[target][0]
-                row[f"mse_{where}"] = mse(*pair, mask)
-                row[f"psnr_{where}"] = psnr(*pair, mask, data_range=data_range)
-                row[f"ssim_{where}"] = ssim(*pair, mask, data_range=data_range)
+            images = {"real": real[target], "synthetic": synthesis.mean.float() * brain[:, None]}
+            predicted = self._segment({**real, target: images["synthetic"]})
+            row = {"subject": subject, "input": name, **self._overlap(predicted, batch)}
+            row |= _quality(images["synthetic"][0, 0], real[target][0, 0], brain[0], tumour[0])
+            if synthesis.variance is not None:
+                images["variance"] = synthesis.variance.float() * brain[:, None]
+                error = images["synthetic"] - images["real"]
+                row |= _uncertainty(images["variance"][0, 0], error[0, 0], brain[0], tumour[0])
+                bins = calibration_bins(images["variance"][0, 0], error[0, 0].square(), brain[0], bins=BINS)
+                columns = zip(("variance", "squared_error", "voxels"), bins, strict=True)
+                values = {key: column.tolist() for key, column in columns}
+                self.calibration += [
+                    {"subject": subject, "input": name, "bin": i, **{key: values[key][i] for key in values}}
+                    for i in range(BINS)
+                ]
             self.rows.append(row)
-            self._keep(subject, name, (real[target], mean), label, predicted)
+            self._keep(name, batch, predicted, images)
 
-    def _segment(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def _segment(self, inputs: Volumes) -> Tensor:
         return self.segmenter.segment({source: inputs[source] for source in self.segmenter.sources}).labels
 
-    def _dice(self, predicted: Tensor, label: Tensor) -> dict[str, float]:
-        return {f"dice_{region}": value for region, value in region_dice(predicted, label, self.regions).items()}
+    def _synthesize(self, name: str, subject: str, real: Volumes) -> Synthesis:
+        """Whatever was judged before, and on whichever rank, dropout draws the same for this subject and row."""
+        synthesizer = self.synthesizers[name]
+        inputs = {source: real[source] for source in synthesizer.sources}
+        with torch.random.fork_rng({volume.device for volume in inputs.values() if volume.is_cuda}):
+            torch.manual_seed(zlib.crc32(f"{self.seed}/{subject}/{name}".encode()))
+            return synthesizer.synthesize(inputs)
 
-    def _keep(
-        self, subject: str, name: str, pair: tuple[Tensor, Tensor] | None, label: Tensor, predicted: Tensor
-    ) -> None:
+    def _overlap(self, predicted: Tensor, batch: Batch) -> dict[str, float]:
+        maps = predicted[0], batch["label"][0], self.regions
+        dice, distances = region_dice(*maps), region_hd95(*maps, batch["spacing"][0].tolist())
+        values = {f"dice_{region}": value for region, value in dice.items()}
+        return values | {f"hd95_{region}": value for region, value in distances.items()}
+
+    def _keep(self, name: str, batch: Batch, predicted: Tensor, images: Mapping[str, Tensor]) -> None:
         """Keeps the axial slice with the largest lesion of the pictured subject, the middle one where it has none."""
-        if subject != self.pictured:
+        if batch["subject"][0] != self.pictured:
             return
-        lesion = (label[0] > 0) & (label[0] != IGNORED)
+        label = batch["label"][0]
+        lesion = (label > 0) & (label != IGNORED)
         z = int(lesion.sum(dim=(0, 1)).argmax()) if lesion.any() else lesion.shape[2] // 2
-        self.slices[name] = {"label": label[0, :, :, z].cpu(), "predicted": predicted[0, :, :, z].cpu()}
-        if pair is not None:
-            self.slices[name] |= {"real": pair[0][0, 0, :, :, z].cpu(), "synthetic": pair[1][0, 0, :, :, z].cpu()}
+        kept: dict[str, Any] = {"label": label[:, :, z].cpu(), "predicted": predicted[0, :, :, z].cpu()}
+        kept |= {key: image[0, 0, :, :, z].cpu() for key, image in images.items()}
+        if "variance" in images:
+            error = (images["synthetic"] - images["real"]).abs()
+            generator = torch.Generator().manual_seed(self.seed)
+            inside = [image[0, 0][batch["brain"][0]].cpu() for image in (images["variance"], error)]  # (voxels,) each
+            chosen = torch.randperm(len(inside[0]), generator=generator)[:VOXELS]
+            kept["voxels"] = {"variance": inside[0][chosen], "error": inside[1][chosen]}
+        self.slices[name] = kept
 
     def on_test_epoch_end(self) -> None:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         parts: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, (self.rows, self.slices))
-        self.rows = sorted((row for rows, _ in parts for row in rows), key=lambda row: row["subject"])
-        self.slices = {name: kept for _, slices in parts for name, kept in slices.items()}
+        torch.distributed.all_gather_object(parts, (self.rows, self.calibration, self.slices))
+        self.rows = sorted((row for rows, _, _ in parts for row in rows), key=lambda row: row["subject"])
+        self.calibration = sorted((row for _, rows, _ in parts for row in rows), key=lambda row: row["subject"])
+        self.slices = {name: kept for _, _, slices in parts for name, kept in slices.items()}
 
 
-def swap_table(
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    regions: Sequence[str],
-    title: str,
-    paper: Mapping[str, Any] | None = None,
-    notes: Sequence[str] = (),
-) -> Table:
-    """Means over subjects, the paper's numbers beside them.
-
-    Args:
-        rows: of ``Swap``.
-        regions: the Dice columns, in the paper's order.
-        title: of the table.
-        paper: ``title`` and ``rows`` by input name, each the Dice (%) of ``regions``.
-        notes: below the table.
-    """
-    printed = dict((paper or {}).get("rows", {}))
-    quality = [f"{metric}_{where}" for where in ("brain", "tumour") for metric in QUALITY]
-    columns = ["synthesised", "by", *(f"Dice {region}" for region in regions)]
-    columns += [f"paper {region}" for region in regions] if printed else []
-    columns += [
-        name.replace("mse", "MSE").replace("psnr", "PSNR").replace("ssim", "SSIM").replace("_", " ") for name in quality
-    ]
-    table = Table(title, columns)
-    names = dict.fromkeys(str(row["input"]) for row in rows)
-    for name in names:
-        mine = [row for row in rows if row["input"] == name]
-        target, _, method = name.partition("/")
-        cells = ["–", "all real"] if name == REAL else [target, method]
-        cells += [f"{100 * _mean(mine, f'dice_{region}'):.1f}" for region in regions]
-        if printed:
-            # A repeated method carries a running number; the paper has one row for it.
-            cells += [f"{value:.1f}" for value in printed.get(name.partition("#")[0], ())] or ["–"] * len(regions)
-        for metric in quality:
-            cells.append("–" if name == REAL else f"{_mean(mine, metric):.{1 if 'psnr' in metric else 3}f}")
-        table.rows.append(cells)
-    count = len({row["subject"] for row in rows})
-    table.notes = [
-        f"Mean over {count} subject{'s' * (count != 1)}. Dice in %; a region empty in both maps scores 100, in one 0.",
-        "MSE, PSNR (dB), SSIM on the segmenter's input scale; data range: the real sequence's in the subject's brain.",
-        *([f"Paper: {paper['title']}."] if printed and paper else []),
-        *notes,
-    ]
-    return table
+def _quality(synthetic: Tensor, real: Tensor, brain: Tensor, tumour: Tensor) -> dict[str, float]:
+    """Errors of a synthesis, all (X, Y, Z)."""
+    # One range a subject for all methods: that of its real sequence within the brain.
+    data_range = float(real[brain].max() - real[brain].min())
+    values = {}
+    for where, mask in (("brain", brain), ("tumour", tumour)):
+        values[f"mse_{where}"] = mse(synthetic, real, mask)
+        values[f"mae_{where}"] = mae(synthetic, real, mask)
+        values[f"psnr_{where}"] = psnr(synthetic, real, mask, data_range=data_range)
+        values[f"ssim_{where}"] = ssim(synthetic, real, mask, data_range=data_range)
+    return values
 
 
-def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
-    values = torch.tensor([cast(float, row[key]) for row in rows], dtype=torch.float64)
-    return float(values.nanmean())  # a subject without lesion has no MSE in it
+def _uncertainty(variance: Tensor, error: Tensor, brain: Tensor, tumour: Tensor) -> dict[str, float]:
+    """What a variance says and whether it ranks the errors, all (X, Y, Z)."""
+    return {
+        "variance_brain": float(variance[brain].mean(dtype=torch.float64)),
+        "variance_tumour": float(variance[tumour].mean(dtype=torch.float64)),  # nan without a tumour
+        "rank_correlation": rank_correlation(variance, error.abs(), brain),
+    }

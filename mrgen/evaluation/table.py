@@ -26,17 +26,19 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
     def show(self) -> None:
-        """Prints the table; outside a terminal it is as wide as it needs to be."""
+        """Prints the table, in a terminal as wide as that, elsewhere in up to 200 columns."""
         from rich.console import Console
         from rich.table import Table as RichTable
 
-        table = RichTable(title=self.title, caption="\n".join(self.notes), caption_justify="left")
+        table = RichTable(title=self.title)
         for column in self.columns:
-            table.add_column(column, no_wrap=True)
+            table.add_column(column, overflow="fold")  # what does not fit goes on in a second line and is not cut
         for row in self.rows:
             table.add_row(*row)
-        console = Console()
-        (console if console.is_terminal else Console(width=200)).print(table)
+        # Cells are no markup: rich would take "[inf, inf]" for a style and print nothing.
+        terminal = Console().is_terminal
+        console = Console(width=None if terminal else 200, markup=False, emoji=False, highlight=False)
+        console.print(table, *self.notes, "", sep="\n")
 
     def markdown(self) -> str:
         """The table as Markdown."""

@@ -11,13 +11,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from mrgen.data.datamodule import CohortDataModule
 from mrgen.errors import UserError
-from mrgen.evaluation.figures import swap_figure
-from mrgen.evaluation.inference import TiledSegmenter, TiledSynthesizer
-from mrgen.evaluation.swap import Swap, swap_table
+from mrgen.evaluation.figures import calibration_figure, swap_figure, synthesis_figure
+from mrgen.evaluation.inference import WholeSegmenter, WholeSynthesizer
+from mrgen.evaluation.swap import Swap
+from mrgen.evaluation.swap_tables import swap_pairs, swap_summary, swap_tables
 from mrgen.evaluation.table import write_rows
 from mrgen.launch.instantiate import plain
 from mrgen.launch.runs import Run, load_run
-from mrgen.launch.training import build_datamodule, build_trainer
+from mrgen.launch.training import build_datamodule, build_trainer, checked_seed
 from mrgen.protocols import Segmenter, Synthesizer
 
 __all__ = ["evaluate_swap"]
@@ -28,7 +29,7 @@ def evaluate_swap(conf: DictConfig, out_dir: Path) -> Path:
 
     Args:
         conf: composed config of ``conf/evaluate.yaml``.
-        out_dir: folder for ``table.md``, ``table.csv`` (means), ``subjects.csv`` and ``figure.png``.
+        out_dir: folder for what ``_write`` writes.
 
     Returns:
         ``out_dir``.
@@ -38,65 +39,103 @@ def evaluate_swap(conf: DictConfig, out_dir: Path) -> Path:
     """
     if not conf.runs:
         raise UserError("runs is empty; give the folders of the runs to judge: runs=[RUN,RUN]")
+    if not OmegaConf.is_list(conf.runs):
+        raise UserError(f"runs is {conf.runs}; expected a list: runs=[{conf.runs}]")
+    seed = checked_seed(conf.seed)
     segmenter = load_run(conf.segmenter)
     if not isinstance(segmenter.model, Segmenter) or isinstance(segmenter.model, Synthesizer):
         raise UserError(
             f"segmenter={conf.segmenter} is a {type(segmenter.model).__name__}; expected a segmenter such as S-Net"
         )
-    if isinstance(conf.runs, str):
-        raise UserError(f"runs is {conf.runs}; expected a list: runs=[{conf.runs}]")
     runs = [load_run(path) for path in conf.runs]
     if len({run.checkpoint.resolve() for run in runs}) < len(runs):
         raise UserError("runs names a run twice; give every run once")
+    for run in runs:
+        if hasattr(run.model, "mc_samples"):  # the others have no samples to draw
+            run.draw_samples(mc_samples=conf.mc_samples, mc_batch=conf.mc_batch)
     synthesizers = _named(runs, segmenter)
     datamodule = _datamodule(conf, segmenter, runs)
     ids = datamodule.split.test
     notes = [f"Subjects: the {conf.subjects} part of the segmenter's split, {datamodule.store.path.name}."]
     notes += [
-        f"all real: {segmenter.checkpoint}",
-        *(f"{name}: {run.checkpoint}" for name, run in zip(synthesizers, runs, strict=True)),
+        f"all real: {_named_file(segmenter)}",
+        *(f"{name}: {_named_file(run)}" for name, run in zip(synthesizers, runs, strict=True)),
     ]
     box = list(datamodule.whole.size or ())
     notes += [
         f"{run.path.name}: trained in a box of {run.description['data']['box']} voxels, judged in one of {box}."
         for run in [segmenter, *runs]
-        if not _tile(run) and run.description["data"]["box"] != box
+        if not run.tile and run.description["data"]["box"] != box
     ]
     notes += _check_leaks(datamodule, [segmenter, *runs], ids)
 
-    pl.seed_everything(conf.seed, verbose=False)
+    pl.seed_everything(seed, verbose=False)
     swap = Swap(
-        segmenter=TiledSegmenter(segmenter.model, tile) if (tile := _tile(segmenter)) else segmenter.model,
+        segmenter=WholeSegmenter(segmenter.model, segmenter.tile),
         synthesizers=synthesizers,
         modalities=datamodule.modalities,
         regions=datamodule.store.layout.regions,
         pictured=_pictured(datamodule),
+        seed=seed,
     )
     trainer = build_trainer(conf.trainer, out_dir, callbacks=[], loggers=[])
     if len(ids) < trainer.world_size:
         raise UserError(f"{len(ids)} subjects for {trainer.world_size} devices; lower trainer.devices")
     trainer.test(swap, datamodule=datamodule, verbose=False)
-    if not trainer.is_global_zero:
-        return out_dir
+    notes += [
+        f"{name}: in tiles, because memory was short; one pass would give other numbers."
+        for name, method in {"the segmenter": swap.segmenter, **synthesizers}.items()
+        if method.tiled
+    ]
+    if trainer.is_global_zero:
+        _write(swap, conf, datamodule.store.layout.regions, notes, out_dir)
+    return out_dir
 
+
+def _write(swap: Swap, conf: DictConfig, known: Mapping[str, Any], notes: list[str], out_dir: Path) -> None:
+    """Tables and figures of a finished swap; the tables also on the console.
+
+    Args:
+        swap: after its test.
+        conf: see ``evaluate_swap``.
+        known: the cohort's regions.
+        notes: below the first table.
+        out_dir: gets ``table.md`` (all tables), ``table.csv`` (their numbers, one line an input set), ``pairs.csv``
+            (where two methods make one target), ``subjects.csv`` and ``figure.png``; where a synthesis has a variance
+            also ``calibration.csv``, ``uncertainty.png`` and one ``synthesis-METHOD.png`` a method.
+    """
     title = "SMOKE RUN, not a result: swap" if conf.smoke else "Swap"
-    known = datamodule.store.layout.regions
     comparable = all(name in known for name in conf.evaluation.regions)  # the cohort has the paper's columns
-    table = swap_table(
-        swap.rows,
-        regions=plain(conf.evaluation.regions) if comparable else list(known),
-        title=title,
-        paper=plain(conf.evaluation.paper) if comparable else None,
-        notes=notes,
-    )
+    regions = plain(conf.evaluation.regions) if comparable else list(known)
+    paper = plain(conf.evaluation.paper) if comparable else None
+    summary, pairs = swap_summary(swap.rows, regions=regions, paper=paper), swap_pairs(swap.rows)
+    tables = swap_tables(swap.rows, regions=regions, title=title, paper=paper, notes=notes)
     out_dir.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(plain(conf)), out_dir / "config.yaml")
-    write_rows(out_dir / "subjects.csv", swap.rows)
-    write_rows(out_dir / "table.csv", [dict(zip(table.columns, row, strict=True)) for row in table.rows])
-    (out_dir / "table.md").write_text(table.markdown(), encoding="utf-8")
-    swap_figure(swap.slices, out_dir / "figure.png", title=f"{title}, {swap.pictured}")
-    table.show()
-    return out_dir
+    files = {"subjects": swap.rows, "table": summary, "pairs": pairs, "calibration": swap.calibration}
+    for name, rows in files.items():
+        if rows:
+            write_rows(out_dir / f"{name}.csv", rows)
+    (out_dir / "table.md").write_text("\n".join(table.markdown() for table in tables.values()), encoding="utf-8")
+
+    pictured = f"{title}, {swap.pictured}"
+    swap_figure(swap.slices, out_dir / "figure.png", title=pictured)
+    uncertain = [name.partition("/")[2] for name, kept in swap.slices.items() if "variance" in kept]
+    for method in dict.fromkeys(uncertain):
+        path = out_dir / f"synthesis-{method.replace('/', '-')}.png"
+        synthesis_figure(swap.slices, path, title=f"{pictured}, {method}", method=method)
+    if swap.calibration:
+        correlations = {line["input"]: line["rank_correlation"] for line in summary if "rank_correlation" in line}
+        calibration_figure(
+            swap.calibration, swap.slices, correlations, out_dir / "uncertainty.png", title=f"{title}, uncertainty"
+        )
+    for table in tables.values():
+        table.show()
+
+
+def _named_file(run: Run) -> Path:
+    """The checkpoint as a table names it: by the run, not by where the runs lie on this machine."""
+    return Path(*run.checkpoint.parts[-4:])
 
 
 def _named(runs: list[Run], segmenter: Run) -> dict[str, Any]:
@@ -123,14 +162,8 @@ def _named(runs: list[Run], segmenter: Run) -> dict[str, Any]:
         name, count = f"{target}/{method}", 2
         while name in named:  # several seeds of one method
             name, count = f"{target}/{method}#{count}", count + 1
-        named[name] = TiledSynthesizer(run.model, tile) if (tile := _tile(run)) else run.model
+        named[name] = WholeSynthesizer(run.model, run.tile)
     return named
-
-
-def _tile(run: Run) -> list[int] | None:
-    """The patch size of a run that was trained on patches, None for whole brains."""
-    sampling = plain(run.conf.data.sampling)
-    return sampling["size"] if sampling["_target_"] == "mrgen.data.crops.RandomPatch" else None
 
 
 def _datamodule(conf: DictConfig, segmenter: Run, runs: list[Run]) -> CohortDataModule:
@@ -146,7 +179,7 @@ def _datamodule(conf: DictConfig, segmenter: Run, runs: list[Run]) -> CohortData
         )
     divisor = math.lcm(*(int(getattr(run.model, "divisor", 1)) for run in [segmenter, *runs]))
     box = None
-    if not _tile(segmenter):  # rounded up where a synthesizer of more levels asks for it
+    if not segmenter.tile:  # rounded up where a synthesizer of more levels asks for it
         box = [-(-n // divisor) * divisor for n in segmenter.description["data"]["box"]]
     changes: dict[str, Any] = {
         "sampling": {"_target_": "mrgen.data.crops.BrainBox", "size": box, "divisor": divisor},

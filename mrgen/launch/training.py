@@ -23,7 +23,7 @@ from mrgen.launch.instantiate import instantiate, plain
 from mrgen.launch.status import recorded, write_json
 from mrgen.launch.tracking import finish_wandb, wandb_logger, wandb_mode
 
-__all__ = ["build_datamodule", "build_trainer", "fill_from_store", "train"]
+__all__ = ["build_datamodule", "build_trainer", "checked_seed", "fill_from_store", "train"]
 
 # Keys of the group ``data`` that mrgen-prepare reads; the rest are the datamodule's arguments.
 PREPARATION = ("name", "root", "layout", "phantom")
@@ -47,6 +47,13 @@ def build_datamodule(data: DictConfig | dict[str, Any], **changes: Any) -> Cohor
     """The datamodule of a ``data`` config; ``changes`` replace its arguments."""
     settings = {key: value for key, value in plain(data).items() if key not in PREPARATION} | changes
     return instantiate({"_target_": "mrgen.data.datamodule.CohortDataModule", **settings})
+
+
+def checked_seed(seed: Any) -> int:
+    """The seed. Raises UserError for anything but a whole number from 0 to 2³² − 1, which is what NumPy takes."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed!r}; expected a whole number from 0 on")
+    return seed
 
 
 def choose_precision(asked: str, accelerator: str) -> str:
@@ -166,9 +173,7 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
         resumed_step = -1
 
     fill_from_store(conf)
-    if not isinstance(conf.seed, int) or conf.seed < 0:
-        raise UserError(f"seed is {conf.seed!r}; expected a whole number from 0 on")
-    pl.seed_everything(conf.seed, verbose=False)
+    pl.seed_everything(checked_seed(conf.seed), verbose=False)
     # A resumed run keeps its split although the store may have grown: who was tested may not become who is trained on.
     kept: dict[str, Any] = {"split": {"kind": "file", "file": str(run_dir / "split.json")}} if resumed_step >= 0 else {}
     if saved and conf.data.sampling._target_ == "mrgen.data.crops.BrainBox":  # nor may a new head change the box

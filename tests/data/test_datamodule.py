@@ -62,12 +62,13 @@ def test_batches_are_what_every_method_takes(phantom_store, loader):
     datamodule = make(phantom_store, modalities=("flair", "t1"))
     batch = next(iter(getattr(datamodule, loader)()))
     size = datamodule.whole.size
-    assert set(batch) == {"image", "label", "brain", "subject"}
+    assert set(batch) == {"image", "label", "brain", "subject", "spacing"}
     assert (batch["image"].dtype, tuple(batch["image"].shape)) == (torch.float32, (1, 2, *size))
     assert (batch["label"].dtype, tuple(batch["label"].shape)) == (torch.int64, (1, *size))
     assert (batch["brain"].dtype, tuple(batch["brain"].shape)) == (torch.bool, (1, *size))
     assert isinstance(batch["subject"], list)
     assert batch["subject"][0] in datamodule.store.subjects
+    assert (batch["spacing"].dtype, batch["spacing"].tolist()) == (torch.float32, [[5, 5, 5]])
 
 
 def test_volumes_name_the_channels_in_the_order_of_modalities(phantom_store):

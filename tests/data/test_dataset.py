@@ -56,6 +56,23 @@ def test_a_sample_is_what_the_batch_promises(subjects):
     assert (sample["label"].dtype, sample["label"].shape) == (torch.int64, size)
     assert (sample["brain"].dtype, sample["brain"].shape) == (torch.bool, size)
     assert sample["subject"] == subjects[2].id
+    assert sample["spacing"].dtype == torch.float32
+    assert sample["spacing"].tolist() == list(subjects[2].spacing) == [5, 5, 5]
+
+
+def test_spacing_is_the_scans_own_along_x_y_z_whatever_the_augmentation(tmp_path):
+    write_cohort(tmp_path, LAYOUT, ["t1"])
+    brain = np.ones((8, 8, 8), bool)
+    scan = {
+        "image": np.arange(512, dtype=np.int16).reshape(1, 8, 8, 8),
+        "brain": brain,
+        "label": brain.astype(np.uint8),
+    }
+    subject = write_subject(tmp_path, id="thick", affine=np.diag([0.5, 1, 3, 1]), **scan)
+    turn = tio.RandomAffine(scales=0.5, degrees=90)
+    for augment in (None, turn):
+        sample = dataset([subject], modalities=("t1",), augment=augment)[0, 0, 0]
+        assert sample["spacing"].tolist() == [0.5, 1, 3]
 
 
 def test_labels_are_mapped_and_the_stores_own_number_4_becomes_class_3(subjects):

@@ -12,74 +12,23 @@ from mrgen.data.batch import volumes
 from mrgen.data.crops import BrainBox
 from mrgen.data.datamodule import CohortDataModule
 from mrgen.data.normalisation import ZScore
-from mrgen.evaluation.swap import Swap, swap_table
-from mrgen.metrics.reconstruction import mse, psnr, ssim
-from mrgen.metrics.segmentation import region_dice
+from mrgen.evaluation.swap import Swap
+from mrgen.evaluation.swap_tables import swap_tables
+from mrgen.metrics.reconstruction import mae, mse, psnr, ssim
+from mrgen.metrics.segmentation import region_dice, region_hd95
 from mrgen.nets.unet3d import SegmentationUNet3d
 from mrgen.papers.rsnet import RSNet
-from mrgen.protocols import Segmentation, Segmenter, Synthesis, Synthesizer
+from mrgen.protocols import Segmenter, Synthesis, Synthesizer
 from mrgen.segmenter import SegmenterModule
+from tests.evaluation.tools import MODALITIES, REGIONS, Made, Thresholds, example, run, seeded
 
-MODALITIES = ("t1", "t1ce", "t2", "flair")
 CLASSES = ("background", "necrotic core", "edema", "enhancing")
-REGIONS = {"ET": [3], "WT": [1, 2, 3], "TC": [1, 3]}
-
-
-class Thresholds:
-    """A segmenter that is no network: edema where FLAIR is bright, enhancement where T1ce is. Keeps what it saw."""
-
-    sources = ("flair", "t1ce")
-
-    def __init__(self):
-        self.saw = []
-
-    def segment(self, volumes):
-        self.saw.append({name: volume.clone() for name, volume in volumes.items()})
-        labels = torch.where(volumes["flair"][:, 0] > 0.8, 2, 0)
-        labels = torch.where(volumes["t1ce"][:, 0] > 1.0, 3, labels)
-        return Segmentation(labels=labels, probabilities=torch.nn.functional.one_hot(labels, 4).movedim(-1, 1).float())
-
-
-class Made:
-    """A synthesiser that is no network: ``make`` of the sources' volumes. Keeps what it saw."""
-
-    def __init__(self, target, make, sources=None):
-        self.targets = (target,)
-        self.sources = tuple(sources or (name for name in MODALITIES if name != target))
-        self.make, self.saw = make, []
-
-    def synthesize(self, volumes):
-        self.saw.append(set(volumes))
-        return Synthesis(mean=self.make(volumes), variance=None, scale="zscore")
 
 
 def perfect(target, batches):
     """Returns the real sequence of the subject whose turn it is."""
     real = iter([volumes(batch, MODALITIES)[target] for batch in batches])
     return Made(target, lambda _: next(real))
-
-
-def example(subject="a", seed=0, lesion=True, size=12):
-    """z-scored noise within a brain, 0 outside; labels that the thresholds find in part."""
-    generator = torch.Generator().manual_seed(seed)
-    brain = torch.zeros(1, size, size, size, dtype=torch.bool)
-    brain[:, 1:-1, 2:-2, 1:-2] = True
-    image = torch.randn(1, 4, size, size, size, generator=generator) * brain[:, None]
-    label = torch.zeros(1, size, size, size, dtype=torch.int64)
-    if lesion:
-        label[:, 3:9, 4:9, 3:8] = torch.where(image[:, 1, 3:9, 4:9, 3:8] > 0.5, 3, 2)
-        label[:, 3, 4, 3:8] = 1
-    return {"image": image, "label": label, "brain": brain, "subject": [subject]}
-
-
-def run(synthesizers, batches, segmenter=None, **settings):
-    """The steps of a test without a trainer."""
-    segmenter = segmenter or Thresholds()
-    swap = Swap(segmenter=segmenter, synthesizers=synthesizers, modalities=MODALITIES, regions=REGIONS, **settings)
-    for i, batch in enumerate(batches):
-        swap.test_step(batch, i)
-    swap.on_test_epoch_end()
-    return swap, segmenter
 
 
 def trainer(**settings):
@@ -94,8 +43,8 @@ def trainer(**settings):
     )
 
 
-def dice(row):
-    return {key: value for key, value in row.items() if key.startswith("dice_")}
+def overlap(row):
+    return {key: value for key, value in row.items() if key.startswith(("dice_", "hd95_"))}
 
 
 def test_the_fakes_answer_the_protocols():
@@ -114,13 +63,17 @@ def test_a_perfect_synthesis_scores_what_the_real_sequence_scores(target):
         (subject, name) for subject in "ab" for name in ("real", f"{target}/perfect")
     ]
     for real, swapped in zip(swap.rows[::2], swap.rows[1::2], strict=True):
-        assert dice(real) == dice(swapped)
+        assert overlap(real) == overlap(swapped)
         assert 0 < real["dice_WT"] < 1
+        assert 0 < real["hd95_WT"] < 40
         for where in ("brain", "tumour"):
-            assert swapped[f"mse_{where}"] == 0
+            assert swapped[f"mse_{where}"] == swapped[f"mae_{where}"] == 0
             assert swapped[f"ssim_{where}"] == pytest.approx(1, abs=1e-6)
             assert swapped[f"psnr_{where}"] == math.inf
-        assert set(real) == {"subject", "input", *dice(real)}  # a real sequence has no error
+        assert set(real) == {"subject", "input", *overlap(real)}  # a real sequence has no error
+        assert set(overlap(real)) == {f"{measure}_{region}" for measure in ("dice", "hd95") for region in REGIONS}
+        assert not [key for key in swapped if "variance" in key or "rank" in key]  # nothing claims to know its error
+    assert swap.calibration == []
 
 
 def test_a_row_by_hand():
@@ -132,13 +85,18 @@ def test_a_row_by_hand():
     label = batch["label"]
     for got, flair in ((real, batch["image"][:, 3]), (row, enters[:, 0])):
         predicted = torch.where(batch["image"][:, 1] > 1.0, 3, torch.where(flair > 0.8, 2, 0))
-        assert dice(got) == {f"dice_{name}": value for name, value in region_dice(predicted, label, REGIONS).items()}
-    assert dice(real) != dice(row)
+        dice = region_dice(predicted[0], label[0], REGIONS)
+        distances = region_hd95(predicted[0], label[0], REGIONS, (1, 2, 3))  # in the batch's mm
+        assert overlap(got) == {f"dice_{name}": value for name, value in dice.items()} | {
+            f"hd95_{name}": value for name, value in distances.items()
+        }
+    assert overlap(real) != overlap(row)
     inside = batch["image"][:, 3][batch["brain"]]
     data_range = float(inside.max() - inside.min())
     for where, mask in (("brain", batch["brain"]), ("tumour", label > 0)):
         pair = enters[0, 0], batch["image"][0, 3]
         assert row[f"mse_{where}"] == mse(*pair, mask[0])
+        assert row[f"mae_{where}"] == mae(*pair, mask[0])
         assert row[f"psnr_{where}"] == psnr(*pair, mask[0], data_range=data_range)
         assert row[f"ssim_{where}"] == ssim(*pair, mask[0], data_range=data_range)
     assert row["mse_brain"] != row["mse_tumour"]
@@ -172,20 +130,24 @@ def test_a_region_empty_in_both_maps_scores_1_and_in_one_0():
     real, swapped = swap.rows
     assert (real["dice_ET"], real["dice_WT"]) == (1.0, 0.0)
     assert (swapped["dice_ET"], swapped["dice_WT"]) == (1.0, 1.0)
+    assert (real["hd95_ET"], real["hd95_WT"]) == (0.0, 373.13)
+    assert (swapped["hd95_ET"], swapped["hd95_WT"]) == (0.0, 0.0)
 
 
 def test_a_subject_without_lesion_has_no_error_in_it_and_the_mean_skips_it():
     batches = [example("a"), example("b", seed=1, lesion=False)]
-    swap, _ = run({"t1/x": Made("t1", lambda v: 0.5 * v["t2"])}, batches)
+    swap, _ = run({"t1/x": Made("t1", lambda v: 0.5 * v["t2"], doubt=lambda v: v["t2"].square())}, batches)
     a, b = swap.rows[1], swap.rows[3]
-    for metric in ("mse", "psnr", "ssim"):
+    for metric in ("mse", "mae", "psnr", "ssim", "variance"):
         assert math.isfinite(a[f"{metric}_tumour"])
         assert math.isnan(b[f"{metric}_tumour"])
         assert math.isfinite(b[f"{metric}_brain"])
-    table = swap_table(swap.rows, regions=["WT"], title="")
-    row = dict(zip(table.columns, table.rows[1], strict=True))
-    assert row["MSE tumour"] == f"{a['mse_tumour']:.3f}"
-    assert row["MSE brain"] == f"{(a['mse_brain'] + b['mse_brain']) / 2:.3f}"
+    assert math.isfinite(b["rank_correlation"])
+    table = swap_tables(swap.rows, regions=["WT"], title="")["synthesis"]
+    brain, tumour = [dict(zip(table.columns, line, strict=True)) for line in table.rows]
+    assert (tumour["in"], tumour["n"], tumour["MSE"]) == ("tumour", "1", f"{a['mse_tumour']:.3f}")
+    assert (brain["in"], brain["n"]) == ("brain", "2")
+    assert brain["MSE"].startswith(f"{(a['mse_brain'] + b['mse_brain']) / 2:.3f} [")
 
 
 # ----- what segmenter and synthesisers see ------------------------------------------------------------------------
@@ -242,7 +204,7 @@ def test_networks_are_frozen_and_estimators_stay_as_they_are():
         assert all(torch.equal(value, after[key]) for key, value in before[name].items())
         assert not any(parameter.requires_grad for parameter in model.parameters())
     tests.test(swap, loader, verbose=False)
-    assert swap.rows == rows  # dropout is off, and a second test does not add to the first
+    assert swap.rows == rows  # dropout draws the same again, and a second test does not add to the first
     assert [row["input"] for row in rows] == ["real", "t1ce/rsnet", "t1ce/copy"]
 
 
@@ -276,32 +238,35 @@ def test_a_pictured_subject_without_lesion_shows_its_middle():
 
 def test_rows_and_slices_of_all_ranks_come_together(monkeypatch):
     batches = [example("a"), example("b", seed=1), example("c", seed=2)]
-    synthesizers = {"t1/x": Made("t1", lambda v: v["t2"])}
+    synthesizers = {"t1/x": seeded("t1")}
     alone, _ = run(synthesizers, batches, pictured="b")
     ranks = [run(synthesizers, batches[rank::2], pictured="b")[0] for rank in range(2)]
     assert not ranks[0].slices  # subject b is the other rank's
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    held = [(swap.rows, swap.slices) for swap in ranks]
+    held = [(swap.rows, swap.calibration, swap.slices) for swap in ranks]
     for swap in ranks:
 
         def gather(parts, mine, swap=swap):
-            assert mine == (swap.rows, swap.slices)
+            assert all(a is b for a, b in zip(mine, (swap.rows, swap.calibration, swap.slices), strict=True))
             parts[:] = held
 
         monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
         swap.on_test_epoch_end()
         assert swap.rows == alone.rows
+        assert swap.calibration == alone.calibration
+        assert len(alone.calibration) == 3 * 20
         assert swap.slices.keys() == alone.slices.keys()
 
 
 class HalfFlair:
-    """Picklable, for the spawned processes."""
+    """Picklable, for the spawned processes; draws like dropout."""
 
     sources, targets = ("t1", "flair"), ("t1ce",)
 
     def synthesize(self, volumes):
-        return Synthesis(mean=0.5 * volumes["flair"], variance=None, scale="zscore")
+        half = 0.5 * volumes["flair"]
+        return Synthesis(mean=half + 0.1 * torch.rand_like(half), variance=torch.rand_like(half), scale="zscore")
 
 
 class Keep(pl.Callback):
@@ -311,7 +276,8 @@ class Keep(pl.Callback):
         self.folder = folder
 
     def on_test_end(self, trainer, swap):
-        kept = {"rows": swap.rows, "slices": {n: s["label"].tolist() for n, s in swap.slices.items()}}
+        slices = {name: kept["label"].tolist() for name, kept in swap.slices.items()}
+        kept = {"rows": swap.rows, "calibration": swap.calibration, "slices": slices}
         (self.folder / f"{trainer.world_size}_{trainer.global_rank}.json").write_text(json.dumps(kept))
 
 
@@ -337,4 +303,5 @@ def test_two_processes_count_every_subject_once(phantom_store, tmp_path: Path):
         trainer(callbacks=[Keep(tmp_path)], **devices).test(swap, datamodule=datamodule, verbose=False)
     alone, first, second = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1_0", "2_0", "2_1")]
     assert [row["subject"] for row in alone["rows"]] == [id for id in datamodule.split.test for _ in range(2)]
+    assert len(alone["calibration"]) == 3 * 20
     assert first == second == alone

@@ -58,14 +58,10 @@ def test_a_swap_writes_tables_and_a_figure(snet_run: Path, rsnet_run: Path, tmp_
     """Two seeds of one method and target are two rows, and the paper's numbers stand beside both."""
     again = shutil.copytree(rsnet_run, tmp_path / "again")
     out_dir = swapped(tmp_path / "swap", snet_run, rsnet_run, again)
-    assert {path.name for path in out_dir.iterdir()} == {
-        "config.yaml",
-        "figure.png",
-        "subjects.csv",
-        "table.csv",
-        "table.md",
-    }
-    assert (out_dir / "figure.png").read_bytes().startswith(b"\x89PNG")
+    figures = {"figure.png", "synthesis-rsnet.png", "synthesis-rsnet#2.png", "uncertainty.png"}
+    texts = {"calibration.csv", "config.yaml", "pairs.csv", "subjects.csv", "table.csv", "table.md"}
+    assert {path.name for path in out_dir.iterdir()} == figures | texts
+    assert all((out_dir / name).read_bytes().startswith(b"\x89PNG") for name in figures)
 
     tested = Split.load(snet_run / "split.json").test
     subjects = rows(out_dir / "subjects.csv")
@@ -73,19 +69,56 @@ def test_a_swap_writes_tables_and_a_figure(snet_run: Path, rsnet_run: Path, tmp_
         (subject, name) for subject in tested for name in ("real", "t2/rsnet", "t2/rsnet#2")
     ]
     first, second = ([row for row in subjects if row["input"] == name] for name in ("t2/rsnet", "t2/rsnet#2"))
-    assert [row["dice_WT"] for row in first] == [row["dice_WT"] for row in second]  # a copy of one run
+    for a, b in zip(first, second, strict=True):  # copies of one run, which draw their own dropout
+        assert 0 < abs(float(a["mse_brain"]) - float(b["mse_brain"])) < 0.2 * float(a["mse_brain"])
 
     table = rows(out_dir / "table.csv")
     assert [(row["synthesised"], row["by"]) for row in table] == [("–", "all real"), ("t2", "rsnet"), ("t2", "rsnet#2")]
-    assert [row["paper ET"] for row in table] == ["68.2", "66.3", "66.3"]
-    mean = sum(float(row["dice_WT"]) for row in first) / len(first)
-    assert float(table[1]["Dice WT"]) == pytest.approx(100 * mean, abs=0.05)
+    assert [row["paper_ET"] for row in table] == ["68.2", "66.3", "66.3"]
+    assert [row["n"] for row in table] == [str(len(tested))] * 3
+    for key, scale in (("dice_WT", 100), ("hd95_ET", 1), ("mse_tumour", 1), ("rank_correlation", 1)):
+        mean = scale * sum(float(row[key]) for row in first) / len(first)
+        assert float(table[1][key]) == pytest.approx(mean)
+        assert float(table[1][f"{key}_low"]) <= mean <= float(table[1][f"{key}_high"])
+    assert table[1]["dice_ET_p"] == table[0]["mse_brain"] == ""  # two subjects are no test, and real is no synthesis
+    (pair,) = rows(out_dir / "pairs.csv")
+    assert (pair["by"], pair["minus"], pair["n"]) == ("rsnet#2", "rsnet", "2")
+    bins = rows(out_dir / "calibration.csv")
+    assert {(row["subject"], row["input"]) for row in bins} == {
+        (subject, name) for subject in tested for name in ("t2/rsnet", "t2/rsnet#2")
+    }
     markdown = (out_dir / "table.md").read_text()
-    assert "### Swap" in markdown
+    titles = [line for line in markdown.splitlines() if line.startswith("###")]
+    assert titles == [
+        "### Swap, Dice",
+        "### Swap, HD95",
+        "### Swap, synthesis",
+        "### Swap, MSE in the tumour, methods of one target",
+    ]
     assert "Mehta and Arbel, Table 1" in markdown
     assert f"Mean over {len(tested)} subjects" in markdown
     assert "Optimistic" not in markdown
     assert "all real" in capsys.readouterr().out
+
+    # What dropout draws hangs on seed, subject and row: the copies in the other order, the same numbers.
+    exchanged = swapped(tmp_path / "exchanged", snet_run, again, rsnet_run)
+    assert (exchanged / "table.csv").read_text() == (out_dir / "table.csv").read_text()
+
+
+def test_without_dropout_there_is_no_uncertainty_to_show(snet_run: Path, tmp_path: Path, phantom_store: Path):
+    run_dir = tiny_run(tmp_path / "run", phantom_store, "model.dropout=0")
+    out_dir = swapped(tmp_path / "swap", snet_run, run_dir)
+    written = {"config.yaml", "figure.png", "subjects.csv", "table.csv", "table.md"}
+    assert {path.name for path in out_dir.iterdir()} == written
+    assert "rank correlation" not in (out_dir / "table.md").read_text()
+
+
+def test_one_subject_is_judged_too(snet_run: Path, rsnet_run: Path, tmp_path: Path):
+    shutil.copytree(snet_run, tmp_path / "snet")
+    dealt(tmp_path / "snet", test=Split.load(snet_run / "split.json").test[:1])
+    out_dir = swapped(tmp_path / "swap", tmp_path / "snet", rsnet_run)
+    assert "Mean over 1 subject;" in (out_dir / "table.md").read_text()
+    assert {row["n"] for row in rows(out_dir / "table.csv")} == {"1"}
 
 
 def test_a_smoke_run_says_so_and_subjects_that_chose_the_checkpoint_are_called_optimistic(

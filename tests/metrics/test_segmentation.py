@@ -1,9 +1,13 @@
+import math
+
+import numpy as np
 import pytest
 import torch
-from monai.metrics import compute_dice
+from monai.metrics import compute_dice, compute_hausdorff_distance
+from scipy import ndimage
 from scipy.spatial import distance
 
-from mrgen.metrics.segmentation import dice, region_dice, region_masks
+from mrgen.metrics.segmentation import HD95_ONE_EMPTY, dice, hd95, region_dice, region_hd95, region_masks
 
 REGIONS = {"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}
 
@@ -78,3 +82,116 @@ def test_region_absent_from_both_scores_one():
 def test_label_maps_and_broadcasting_are_refused(prediction, reference):
     with pytest.raises(ValueError, match="bool"):
         dice(prediction, reference)
+
+
+# ----- HD95 ------------------------------------------------------------------------------------------------------
+
+
+def blobs(seed, shape=(14, 12, 10), threshold=0.12):
+    """A mask of a few connected lumps, some of them at the volume's faces."""
+    noise = torch.randn(1, 1, *shape, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.avg_pool3d(noise, 3, stride=1, padding=1)[0, 0] > threshold
+
+
+def by_brute_force(prediction, reference, spacing):
+    """Every surface voxel against every other."""
+
+    def surface(mask):  # voxels with a neighbour across a face outside the mask, or outside the volume
+        return np.argwhere(mask & ~ndimage.binary_erosion(mask)) * np.asarray(spacing)
+
+    distances = distance.cdist(surface(prediction.numpy()), surface(reference.numpy()))
+    return max(np.percentile(distances.min(axis=axis), 95) for axis in (0, 1))
+
+
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (0.5, 1.0, 3.0), (3.0, 0.7, 0.7)])
+@pytest.mark.parametrize("seed", range(3))
+def test_hd95_is_what_brute_force_finds(seed, spacing):
+    prediction, reference = blobs(seed), blobs(seed + 50, threshold=0.3)
+    expected = by_brute_force(prediction, reference, spacing)
+    assert hd95(prediction, reference, spacing) == pytest.approx(expected, rel=1e-6)
+    assert hd95(reference, prediction, spacing) == pytest.approx(expected, rel=1e-6)
+    assert expected > 0
+
+
+def test_hd95_by_hand():
+    line = torch.zeros(30, 5, 5, dtype=torch.bool)
+    prediction, reference = line.clone(), line.clone()
+    prediction[4, 2, 2], reference[10, 2, 2] = True, True
+    for axis, side in enumerate((0.5, 1.0, 3.0)):  # six voxels apart along each axis in turn
+        apart = prediction.movedim(0, axis), reference.movedim(0, axis)
+        assert hd95(*apart, (0.5, 1.0, 3.0)) == pytest.approx(6 * side)
+    reference[5:25, 2, 2] = True
+    # From the reference's 20 voxels 1 to 20 away, the 95th percentile lies between the last two: 1 + 0.95 · 19.
+    # From the prediction's voxel it is 1, and the larger direction counts.
+    assert hd95(prediction, reference, (1, 1, 1)) == pytest.approx(19.05)
+    assert hd95(reference, prediction, (1, 1, 1)) == pytest.approx(19.05)
+    assert hd95(reference, reference, (1, 1, 1)) == 0
+
+
+def test_hd95_of_the_joint_box_is_that_of_the_whole_volume():
+    """What is cropped away has no surface; a mask at the volume's face has one there all the same."""
+    spacing = (0.9, 1.1, 2.0)
+    for corner in ((0, 0, 0), (9, 3, 5), (22, 20, 14)):  # at faces, and amid the volume
+        masks = [torch.zeros(36, 32, 24, dtype=torch.bool) for _ in range(2)]
+        for mask, seed in zip(masks, (1, 51), strict=True):
+            mask[tuple(slice(a, a + n) for a, n in zip(corner, (14, 12, 10), strict=True))] = blobs(seed)
+        whole = [mask[None, None].float() for mask in masks]
+        uncropped = compute_hausdorff_distance(*whole, include_background=True, percentile=95, spacing=spacing)
+        assert hd95(*masks, spacing) == uncropped.item()
+        assert uncropped.item() == pytest.approx(by_brute_force(*masks, spacing), rel=1e-6)
+
+
+def test_hd95_of_slices():
+    one, other = torch.zeros(2, 9, 9, dtype=torch.bool)
+    one[2, 2], other[5, 6] = True, True
+    assert hd95(one, other, (1, 1)) == pytest.approx(5)
+
+
+def test_hd95_of_empty_regions_follows_the_brats_server():
+    empty = torch.zeros(4, 4, 4, dtype=torch.bool)
+    some = empty.clone()
+    some[1, 1, 1] = True
+    assert hd95(empty, empty, (1, 1, 1)) == 0
+    assert hd95(some, empty, (1, 1, 1)) == hd95(empty, some, (2, 2, 2)) == HD95_ONE_EMPTY
+    assert math.hypot(240, 240, 155) == pytest.approx(HD95_ONE_EMPTY, abs=0.005)
+
+
+def test_ignored_voxels_have_no_surface():
+    prediction, reference = torch.zeros(2, 20, 4, 4, dtype=torch.bool)
+    prediction[[2, 15], 1, 1] = True
+    reference[3, 1, 1] = True
+    assert hd95(prediction, reference, (1, 1, 1)) > 11
+    ignore = torch.zeros_like(reference)
+    ignore[10:] = True
+    assert hd95(prediction, reference, (1, 1, 1), ignore) == 1
+    assert hd95(prediction, reference, (1, 1, 1), ~torch.zeros_like(reference)) == 0  # nothing left: both are empty
+
+
+def test_region_hd95_is_the_hd95_of_each_region():
+    predicted, reference = labels(0), labels(1)
+    reference[2] = 255
+    spacing, ignore = (1.0, 2.0, 0.5), reference == 255
+    found = region_hd95(predicted, reference, REGIONS, spacing)
+    assert list(found) == list(REGIONS)
+    masks = region_masks(predicted, REGIONS), region_masks(reference, REGIONS)
+    assert found == {name: hd95(masks[0][name], masks[1][name], spacing, ignore) for name in REGIONS}
+    predicted[2] = 3  # at ignored voxels
+    assert region_hd95(predicted, reference, REGIONS, spacing) == found
+    only = region_hd95(torch.full((3, 3, 3), 2), torch.full((3, 3, 3), 2), REGIONS, spacing)
+    assert only == {"WT": 0, "TC": 0, "ET": 0}
+
+
+def test_hd95_says_nothing_of_its_library(recwarn):
+    hd95(blobs(0), blobs(1), (1, 1, 1))
+    assert not [warning for warning in recwarn if "monai" in str(warning.filename)]
+
+
+@pytest.mark.parametrize("spacing", [(1, 1), (1, 1, 0), (1, 1, float("nan"))])
+def test_a_spacing_that_does_not_fit_is_refused(spacing):
+    with pytest.raises(ValueError, match="expected 3 positive voxel sides in mm"):
+        hd95(blobs(0), blobs(1), spacing)
+
+
+def test_hd95_refuses_label_maps():
+    with pytest.raises(ValueError, match="bool"):
+        hd95(labels(0), labels(1), (1, 1, 1))
