@@ -15,7 +15,7 @@ from mrgen.launch.paths import CONF_DIR
 from tests.launch.tools import composed
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("prepare", "train", "evaluate")
+SCRIPTS = ("prepare", "train", "synthesize", "evaluate")
 FLAGS = {"--help": 0, "--cfg": 1, "-m": 0, "--multirun": 0, "--resolve": 0, "--package": 1}  # Hydra's, with arguments
 
 

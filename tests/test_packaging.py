@@ -11,7 +11,7 @@ import pytest
 from mrgen.launch.paths import CONF_DIR
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("prepare", "train", "evaluate")
+SCRIPTS = ("prepare", "train", "synthesize", "evaluate")
 
 
 def test_a_checkout_and_an_editable_install_read_the_conf_that_people_edit():

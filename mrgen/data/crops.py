@@ -8,7 +8,7 @@ import numpy as np
 from mrgen.data.store import StoredSubject
 from mrgen.errors import UserError
 
-__all__ = ["BrainBox", "Crop", "RandomPatch"]
+__all__ = ["BrainBox", "Crop", "RandomPatch", "centred_box"]
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # (start, stop) of x, y, z; may exceed the volume
 
@@ -28,6 +28,12 @@ def _checked_size(size: Sequence[int], divisor: int) -> tuple[int, ...]:
             f"data.sampling.size is {list(size)}; expected three multiples of {divisor} (data.sampling.divisor)"
         )
     return tuple(int(n) for n in size)
+
+
+def centred_box(brain_box: Sequence[Sequence[int]], size: Sequence[int]) -> Box:
+    """A box of `size` voxels around the middle of a brain's box, ends exclusive."""
+    starts = [(lo + hi - n) // 2 for (lo, hi), n in zip(brain_box, size, strict=True)]
+    return tuple((start, start + n) for start, n in zip(starts, size, strict=True))  # type: ignore[return-value]
 
 
 class BrainBox:
@@ -59,8 +65,7 @@ class BrainBox:
 
     def __call__(self, subject: StoredSubject, rng: np.random.Generator) -> Box:
         assert self.size is not None, "fit() comes first"
-        starts = [(lo + hi - n) // 2 for (lo, hi), n in zip(subject.brain_box, self.size, strict=True)]
-        return tuple((start, start + n) for start, n in zip(starts, self.size, strict=True))  # type: ignore[return-value]
+        return centred_box(subject.brain_box, self.size)
 
 
 class RandomPatch:

@@ -34,14 +34,18 @@ __all__ = [
     "Box",
     "Store",
     "StoredSubject",
+    "bounding_box",
     "read_cohort",
     "read_subjects",
     "remove_leftovers",
     "remove_subject",
     "settings_digest",
+    "statistics",
+    "stored_type",
     "to_original",
     "write_cohort",
     "write_subject",
+    "write_synced",
 ]
 
 
@@ -134,7 +138,7 @@ def write_cohort(store: Path | str, layout: Layout, modalities: Sequence[str]) -
     try:
         store.mkdir(parents=True, exist_ok=True)
         partial = store / f".{_COHORT}.{uuid.uuid4().hex[:8]}"
-        _write(partial, json.dumps(table, indent=1).encode())
+        write_synced(partial, json.dumps(table, indent=1).encode())
         os.replace(partial, store / _COHORT)
     except OSError as error:
         raise UserError(f"data.store={store}: cannot be written ({error.strerror}); choose another folder") from error
@@ -187,7 +191,7 @@ def write_subject(
         raise ValueError(f"image {image.shape}, brain {brain.shape}: expected {len(cohort['modalities'])} channels")
     if label is not None and label.shape != brain.shape:
         raise ValueError(f"label {label.shape}: expected {brain.shape}")
-    image, label = _stored_type(image), None if label is None else label.astype(np.uint8)
+    image, label = stored_type(image), None if label is None else label.astype(np.uint8)
     brain = np.ascontiguousarray(brain, dtype=np.bool_)
     table = {
         "id": id,
@@ -200,8 +204,8 @@ def write_subject(
         "affine": np.asarray(affine, dtype=float).tolist(),
         "original_affine": np.asarray(affine if original_affine is None else original_affine, dtype=float).tolist(),
         "original_shape": [int(n) for n in (original_shape or brain.shape)],
-        "brain_box": _bounding_box(brain),
-        "statistics": {m: _statistics(image[i], brain) for i, m in enumerate(cohort["modalities"])},
+        "brain_box": bounding_box(brain),
+        "statistics": {m: statistics(image[i], brain) for i, m in enumerate(cohort["modalities"])},
         "label_counts": None
         if label is None
         else {str(n): int(count) for n, count in enumerate(np.bincount(label.ravel())) if count},
@@ -219,7 +223,7 @@ def write_subject(
                     np.save(file, array, allow_pickle=False)
                     file.flush()
                     os.fsync(file.fileno())
-        _write(partial / _SUBJECT, json.dumps(table, indent=1).encode())
+        write_synced(partial / _SUBJECT, json.dumps(table, indent=1).encode())
         remove_subject(store, id)
         os.rename(partial, store / id)
     except OSError as error:
@@ -248,14 +252,15 @@ def remove_leftovers(store: Path | str) -> None:
             path.unlink(missing_ok=True)
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_synced(path: Path, data: bytes) -> None:
+    """Writes a file and waits until the disk has it, so that a rename afterwards never outruns its content."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _stored_type(image: np.ndarray) -> np.ndarray:
+def stored_type(image: np.ndarray) -> np.ndarray:
     """Half the bytes of float32 where nothing is lost by it, as in every BraTS release."""
     limits = np.iinfo(np.int16)
     whole = np.issubdtype(image.dtype, np.integer) or all(bool(np.all(c == np.rint(c))) for c in image)
@@ -263,7 +268,8 @@ def _stored_type(image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(image, dtype=np.int16 if fits else np.float32)
 
 
-def _bounding_box(brain: np.ndarray) -> list[list[int]]:
+def bounding_box(brain: np.ndarray) -> list[list[int]]:
+    """[[x0, x1], [y0, y1], [z0, z1]] around an (X, Y, Z) mask, ends exclusive; the whole volume where it is empty."""
     box = []
     for axis in range(3):
         inside = np.flatnonzero(brain.any(axis=tuple(a for a in range(3) if a != axis)))
@@ -271,7 +277,13 @@ def _bounding_box(brain: np.ndarray) -> list[list[int]]:
     return box
 
 
-def _statistics(volume: np.ndarray, brain: np.ndarray) -> dict[str, float]:
+def statistics(volume: np.ndarray, brain: np.ndarray) -> dict[str, float]:
+    """What a normalisation needs of one sequence, see `StoredSubject.statistics`.
+
+    Args:
+        volume: (X, Y, Z) as `stored_type` leaves it.
+        brain: (X, Y, Z) bool; where it is empty, the whole volume counts.
+    """
     values = volume[brain].astype(np.float64) if brain.any() else volume.ravel().astype(np.float64)
     low, q1, q3, high = np.percentile(values, [0.5, 25, 75, 99.5])
     clipped = np.clip(values, low, high)

@@ -173,10 +173,23 @@ def to_original(array: np.ndarray, subject: StoredSubject) -> np.ndarray:
     Returns:
         (..., *original_shape); written with `subject.original_affine` it overlays the input.
     """
-    from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
-
     if array.shape[-3:] != subject.shape:
         raise ValueError(f"expected (..., {', '.join(map(str, subject.shape))}), found {array.shape}")
-    turn = ornt_transform(axcodes2ornt("RAS"), io_orientation(subject.original_affine))
+    return to_orientation(array, subject.original_affine)
+
+
+def to_orientation(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Turns an array in canonical orientation to that of an affine.
+
+    Args:
+        array: (..., X, Y, Z) in canonical orientation (RAS+).
+        affine: 4×4, voxels to RAS+ world, of the file that the array belongs to.
+
+    Returns:
+        The same voxels with axes permuted and flipped, of that file's shape.
+    """
+    from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+
+    turn = ornt_transform(axcodes2ornt("RAS"), io_orientation(affine))
     spatial_first = np.moveaxis(array, (-3, -2, -1), (0, 1, 2))
     return np.ascontiguousarray(np.moveaxis(apply_orientation(spatial_first, turn), (0, 1, 2), (-3, -2, -1)))

@@ -45,3 +45,9 @@ def snet_run(phantom_store: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def rsnet_run(phantom_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny RS-Net that makes T2, trained for an epoch. Read only."""
     return tiny_run(tmp_path_factory.mktemp("rsnet") / "run", phantom_store)
+
+
+@pytest.fixture(scope="session")
+def phantom_cohort(phantom_store: Path) -> Path:
+    """The raw cohort that the phantom's store was prepared from. Read only."""
+    return phantom_store.parent / "cohort"

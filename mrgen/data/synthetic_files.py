@@ -1,0 +1,190 @@
+"""A synthesised sequence on disk: there as a whole or not at all, and made again only where something changed.
+
+    output/<id>/<id>_<target>_synthetic.nii.gz   voxel for voxel on the subject's own scans
+    output/<id>/<id>_<target>_variance.nii.gz    likewise, where the method has a variance
+    output/<id>/<id>_<target>.json               what they were made from; that it is there means done
+
+Everything is written under hidden names first, the json last. Where a killed process left a hidden json, the hidden
+images beside it are whole and only have to be renamed; where it left none, they are cleared.
+"""
+
+import gzip
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mrgen.data.store import write_synced
+from mrgen.errors import UserError
+
+__all__ = ["SyntheticFiles", "nifti_bytes", "read_header"]
+
+
+class SyntheticFiles:
+    """The files of one subject and one target.
+
+    Args:
+        output: folder of all subjects' folders; need not be there.
+        id: the subject's.
+        target: the synthesised sequence.
+    """
+
+    def __init__(self, output: Path, id: str, target: str):
+        self.folder = output / id
+        self.mean = self.folder / f"{id}_{target}_synthetic.nii.gz"
+        self.variance = self.folder / f"{id}_{target}_variance.nii.gz"
+        self.record = self.folder / f"{id}_{target}.json"
+
+    def why_make(self, made_from: Mapping[str, Any]) -> str | None:
+        """Why the files are to be made, after clearing up behind a killed process.
+
+        Args:
+            made_from: what decides their content, plain containers as JSON holds them.
+
+        Returns:
+            None where they are there, made from the same; ``new``, or what changed: ``checkpoint changed``.
+
+        Raises:
+            UserError: one of the names is taken by a file that mrgen did not write.
+        """
+        if not self.folder.is_dir():
+            return "new"
+        with self._alone():
+            self._finish_or_clear()
+            record = self._ours()
+        if record is None:
+            return "new"
+        if gone := [name for name in record["files"] if not (self.folder / name).is_file()]:
+            return f"{', '.join(gone)} gone"
+        before = record["made_from"]
+        changed = [key for key in {**before, **made_from} if before.get(key) != made_from.get(key)]
+        return f"{', '.join(changed)} changed" if changed else None
+
+    def save(self, mean: bytes, variance: bytes | None, record: Mapping[str, Any]) -> None:
+        """Writes the files in place of earlier ones.
+
+        Args:
+            mean: content of the synthesis' file.
+            variance: of the variance's, or None; an earlier one is then removed.
+            record: content of the json, with ``made_from``; ``files`` is added.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        images = {self.mean: mean} | ({} if variance is None else {self.variance: variance})
+        table = json.dumps({**record, "files": [path.name for path in images]}, indent=1).encode()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._alone():
+                self._finish_or_clear()
+                self._ours()
+                try:
+                    for path, content in (*images.items(), (self.record, table)):
+                        write_synced(_hidden(path), content)
+                except BaseException:
+                    self._clear()
+                    with suppress(OSError):  # it holds something else
+                        self.folder.rmdir()
+                    raise
+                self._finish_or_clear()
+        except OSError as error:
+            raise UserError(f"output: {self.folder} cannot be written ({error.strerror or error})") from error
+
+    def _ours(self) -> dict[str, Any] | None:
+        """The record of what is there, None where nothing is. Raises UserError for a file that mrgen did not write."""
+        record = _read(self.record)
+        names = [] if record is None else [self.record.name, *record["files"]]
+        for path in (self.mean, self.variance, self.record):
+            if path.name not in names and os.path.lexists(path):
+                raise UserError(
+                    f"{path} is there, and mrgen-synthesize did not write it; move it away or choose another output"
+                )
+        return record
+
+    def _finish_or_clear(self) -> None:
+        record = _read(_hidden(self.record))
+        if record is None:
+            return self._clear()
+        for path in (self.mean, self.variance):
+            if _hidden(path).is_file():
+                os.replace(_hidden(path), path)
+            elif path.name not in record["files"]:  # of another number of samples
+                path.unlink(missing_ok=True)
+        os.replace(_hidden(self.record), self.record)
+
+    def _clear(self) -> None:
+        for path in (self.record, self.mean, self.variance):  # the json first: without the others it says nothing
+            _hidden(path).unlink(missing_ok=True)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While it lasts no other process writes here, so that what is hidden is a dead one's."""
+        import fcntl
+
+        handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A json of ours, or None where there is none, or half of one, or somebody else's."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return record if isinstance(record["made_from"], dict) and isinstance(record["files"], list) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def read_header(path: Path) -> Any:
+    """The header of a NIfTI file, gzipped or not, without its extensions; None for any other format."""
+    import nibabel
+
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    with gzip.open(path) if packed else open(path, "rb") as file:
+        start = file.read(540)
+    sizes = {int.from_bytes(start[:4], "little"), int.from_bytes(start[:4], "big")}
+    kinds = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
+    return next((kinds[n](start[:n]) for n in sizes if n in kinds), None)
+
+
+def nifti_bytes(volume: np.ndarray, affine: np.ndarray, description: str, header: Any = None) -> bytes:
+    """A gzipped NIfTI file.
+
+    Args:
+        volume: (X, Y, Z) float32, axes as ``affine`` says.
+        affine: 4×4, voxels to RAS+ world.
+        description: what the file holds, at most 79 characters.
+        header: of the scan that it overlays, whose units and codes are kept; None for a plain one.
+
+    Returns:
+        The file's content, the same for the same arguments.
+    """
+    import nibabel
+
+    kind = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
+    if header is not None:
+        header = header.copy()
+        header.set_data_dtype(np.float32)
+        header.set_slope_inter(1, 0)
+        header.set_data_offset(0)  # there may have been extensions before the voxels
+        header.set_intent("none")
+        header["cal_min"] = header["cal_max"] = 0
+    image = kind(volume, affine, header)
+    if header is None:
+        image.header.set_xyzt_units("mm")
+    image.header["descrip"] = description
+    # Level 1: at 9 float32 takes several times as long and is hardly smaller.
+    return gzip.compress(image.to_bytes(), compresslevel=1, mtime=0)
