@@ -91,6 +91,7 @@ def test_a_swap_writes_tables_and_a_figure(snet_run: Path, rsnet_run: Path, tmp_
     titles = [line for line in markdown.splitlines() if line.startswith("###")]
     assert titles == [
         "### Swap, Dice",
+        "### Swap, change of Dice",
         "### Swap, HD95",
         "### Swap, synthesis",
         "### Swap, MSE in the tumour, methods of one target",
