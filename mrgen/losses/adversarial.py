@@ -1,0 +1,47 @@
+"""What the two players of a generative adversarial network minimise.
+
+Both take the discriminator's logits, without a sigmoid, of any shape: a PatchGAN's map counts as so many judgements.
+Cross entropy is Pix2Pix's loss; ``least_squares`` is that of LSGAN (Mao et al. 2017), which compares a logit with 1 and
+0 as it is.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["discriminator_loss", "generator_loss"]
+
+
+def discriminator_loss(real: Tensor, fake: Tensor, *, least_squares: bool = False) -> Tensor:
+    """Half the sum of the two mean losses, of real pairs taken for fake and of fake ones taken for real.
+
+    The half slows the discriminator down relative to the generator (Isola et al. 2017, section 3.3).
+
+    Args:
+        real: logits of real pairs.
+        fake: logits of synthesised pairs, made from a detached synthesis.
+        least_squares: LSGAN's loss in place of cross entropy.
+
+    Returns:
+        A float32 scalar; ln 2 (or 1/4) for a discriminator that cannot tell.
+    """
+    return (_distance(real, 1.0, least_squares) + _distance(fake, 0.0, least_squares)) / 2
+
+
+def generator_loss(fake: Tensor, *, least_squares: bool = False) -> Tensor:
+    """How far synthesised pairs are from being taken for real: −log D instead of log(1 − D), which would saturate.
+
+    Args:
+        fake: logits of synthesised pairs.
+        least_squares: LSGAN's loss in place of cross entropy.
+
+    Returns:
+        A float32 scalar.
+    """
+    return _distance(fake, 1.0, least_squares)
+
+
+def _distance(logits: Tensor, label: float, least_squares: bool) -> Tensor:
+    logits = logits.float()
+    loss = F.mse_loss if least_squares else F.binary_cross_entropy_with_logits
+    return loss(logits, torch.full_like(logits, label))
