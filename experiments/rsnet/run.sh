@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # RS-Net, R-Net, R-Net with the extra MRI and S-Net on 48 phantom subjects at 2 mm, and the swap of all four sequences.
 #
-#   experiments/rsnet/run.sh [FOLDER]    (default: experiments/rsnet/work; about an hour on two cores)
+#   experiments/rsnet/run.sh [FOLDER]    (default: experiments/rsnet/output; about an hour on two cores)
 #
 # Stopped at any moment, the same command goes on where it was. Two trainings run side by side on a core each, which is
 # quicker than one after the other on two.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-folder=$(realpath -m "${1:-experiments/rsnet/work}")
+folder=$(realpath -m "${1:-experiments/rsnet/output}")
 mkdir -p "$folder/logs"
 export MRGEN_COHORTS=$folder/cohorts MRGEN_STORES=$folder/stores folder
 export common="data.phantom.subjects=48 data.phantom.spacing=2 data.split.val=0.1 tracking=csv"
