@@ -158,6 +158,7 @@ def _named(runs: list[Run], segmenter: Run) -> dict[str, Any]:
                 f"{run.path} was trained with {run.description['data']['normalisation']}, the segmenter with {scale}; "
                 "a swap needs both on one scale"
             )
+        run.check_scale()
         method = str(run.conf.name).removesuffix(f"-{target}")
         name, count = f"{target}/{method}", 2
         while name in named:  # several seeds of one method

@@ -44,6 +44,18 @@ class Run:
         sampling = plain(self.conf.data.sampling)
         return sampling["size"] if sampling["_target_"] == "mrgen.data.crops.RandomPatch" else None
 
+    def check_scale(self) -> None:
+        """Raises UserError where a synthesis is on another scale than the run's data.
+
+        Its intensities could not be told then, and a segmenter of such data would be misled without a word.
+        """
+        made, known = getattr(self.model, "scale", None), instantiate_mrgen(self.description["data"]["normalisation"])
+        if made != known.scale:
+            raise UserError(
+                f"{self.conf.name} makes values on the scale {made!r} and was trained on data on the scale "
+                f"{known.scale!r}; its intensities cannot be told from the checkpoint"
+            )
+
     def draw_samples(self, *, mc_samples: int | None = None, mc_batch: int | None = None) -> None:
         """Other Monte Carlo samples than the checkpoint's, as far as the model's constructor would take them.
 

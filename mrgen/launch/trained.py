@@ -75,6 +75,7 @@ class TrainedSynthesizer:
             )
         self.name, self.layout = str(run.conf.name), Layout.from_conf(plain(run.conf.data.layout))
         self.sources, self.target = tuple(model.sources), model.targets[0]
+        run.check_scale()
         run.draw_samples(mc_samples=conf.mc_samples, mc_batch=conf.mc_batch)
         data = run.description["data"]
         self._normalisation = instantiate_mrgen(data["normalisation"])

@@ -158,3 +158,12 @@ def test_weights_that_do_not_fit_are_named(run_dir: Path):
     changed(run_dir / "checkpoints" / "best.ckpt", lambda content: content[KEY]["model"].update(filters=3))
     with pytest.raises(UserError, match="its weights do not fit the model that it describes"):
         load_run(run_dir)
+
+
+def test_a_synthesis_on_another_scale_than_its_data_is_refused(rsnet_run: Path, monkeypatch: pytest.MonkeyPatch):
+    """Pix2Pix answers in [0, 1]; read as z-scores, its files and its swap would be wrong without a word."""
+    run = load_run(rsnet_run)
+    run.check_scale()
+    monkeypatch.setattr(type(run.model), "scale", "unit")
+    with pytest.raises(UserError, match=r"rsnet-t2 makes values on the scale 'unit' and was trained .* 'zscore'"):
+        run.check_scale()
