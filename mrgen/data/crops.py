@@ -1,6 +1,7 @@
 """Which part of a subject's volume a sample shows: the whole brain, or a random patch of it."""
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from mrgen.data.store import StoredSubject
 from mrgen.errors import UserError
 
-__all__ = ["BrainBox", "Crop", "RandomPatch", "centred_box"]
+__all__ = ["BrainBox", "Crop", "LesionPatch", "RandomPatch", "WholeVolume", "centred_box"]
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # (start, stop) of x, y, z; may exceed the volume
 
@@ -83,11 +84,70 @@ class RandomPatch:
         self.divisor = divisor
 
     def __call__(self, subject: StoredSubject, rng: np.random.Generator) -> Box:
-        for _ in range(1000):
-            centre = [int(rng.integers(lo, hi)) for lo, hi in subject.brain_box]
-            if subject.read_brain(tuple((c, c + 1) for c in centre)).item():  # one voxel of a memory map
-                break
-        starts = []
+        centre, starts = _brain_voxel(subject, rng), []
         for c, n, total in zip(centre, self.size, subject.shape, strict=True):
             starts.append((total - n) // 2 if total <= n else min(max(c - n // 2, 0), total - n))
         return tuple((start, start + n) for start, n in zip(starts, self.size, strict=True))  # type: ignore[return-value]
+
+
+class LesionPatch:
+    """A patch around a lesion voxel or around a brain voxel without lesion: DeepMedic's sampling.
+
+    The patch is centred exactly and may exceed the volume, so that a network whose answer is smaller than its input
+    sees around it what is really there, background beyond the volume.
+
+    Args:
+        size: voxels along x, y, z.
+        divisor: what every axis must be a multiple of.
+        lesion_share: probability of a lesion voxel. Any label number above 0 is one; a subject without lesion, or
+            without label, always shows brain.
+    """
+
+    def __init__(self, size: Sequence[int] = (109, 109, 109), divisor: int = 1, lesion_share: float = 0.5):
+        self.size = _checked_size(size, divisor)
+        self.divisor = divisor
+        if not 0 <= lesion_share <= 1:
+            raise UserError(f"data.sampling.lesion_share is {lesion_share}; expected a probability from 0 to 1")
+        self.lesion_share = lesion_share
+
+    def __call__(self, subject: StoredSubject, rng: np.random.Generator) -> Box:
+        lesion = _lesion_voxels(subject) if rng.random() < self.lesion_share else ()
+        if len(lesion):
+            centre = [int(c) for c in np.unravel_index(lesion[rng.integers(len(lesion))], subject.shape)]
+        else:
+            centre = _brain_voxel(subject, rng, lesion=False)
+        starts = [c - n // 2 for c, n in zip(centre, self.size, strict=True)]
+        return tuple((start, start + n) for start, n in zip(starts, self.size, strict=True))  # type: ignore[return-value]
+
+
+def _brain_voxel(subject: StoredSubject, rng: np.random.Generator, lesion: bool = True) -> list[int]:
+    """A brain voxel, found by trying voxels of a memory map; without ``lesion`` one that has no label."""
+    for _ in range(1000):
+        centre = [int(rng.integers(lo, hi)) for lo, hi in subject.brain_box]
+        voxel = tuple((c, c + 1) for c in centre)
+        if subject.read_brain(voxel).item() and (lesion or not _labelled_voxel(subject, voxel)):
+            break
+    return centre
+
+
+def _labelled_voxel(subject: StoredSubject, voxel: Sequence[tuple[int, int]]) -> bool:
+    return subject.labelled and bool(subject.read_label(voxel).item())
+
+
+@lru_cache(maxsize=512)  # by subject and revision; a glioma at 1 mm takes about 0.4 MB
+def _lesion_voxels(subject: StoredSubject) -> np.ndarray:
+    """(N,) positions in the flattened volume."""
+    if not subject.labelled:
+        return np.empty(0, np.int32)
+    return np.flatnonzero(subject.read_label()).astype(np.int32)
+
+
+class WholeVolume:
+    """All that was scanned, each subject on its own grid: for evaluation, one subject at a time."""
+
+    size: tuple[int, ...] | None = None
+    divisor = 1
+
+    def __call__(self, subject: StoredSubject, rng: np.random.Generator) -> Box:
+        x, y, z = subject.shape
+        return (0, x), (0, y), (0, z)

@@ -28,6 +28,7 @@ def infer(
     tile: Sequence[int] = (0, 0, 0),
     divisor: int = 1,
     reach: int | None = None,
+    margin: int = 0,
     fits: int | None = None,
     batch: int = 1,
 ) -> Tensor:
@@ -47,7 +48,8 @@ def infer(
             slices.
         divisor: what every axis that the network sees must be a multiple of; padded with 0 where it is not.
         reach: how many voxels away an input can still change an output, or None where there is no such bound.
-        fits: the most voxels that a pass may have; None is no limit.
+        margin: voxels with which ``predict`` surrounds what it is given, on each side.
+        fits: the most voxels that a pass may have, margins included; None is no limit.
         batch: patches or slices of one pass.
 
     Returns:
@@ -60,10 +62,10 @@ def infer(
         axis = list(tile).index(1)
         size = [n for i, n in enumerate(tile) if i != axis]
         slices = x.movedim(2 + axis, 1).flatten(0, 1)  # (B · slices, C, a, b)
-        parts = [_pass(predict, part, size, divisor, None, fits, 1) for part in slices.split(batch)]
+        parts = [_pass(predict, part, size, divisor, None, margin, fits, 1) for part in slices.split(batch)]
         answer = torch.cat(parts).unflatten(0, (x.shape[0], -1)).movedim(1, 2 + axis)
     else:
-        answer = _pass(predict, x, tile, divisor, reach, fits, batch)
+        answer = _pass(predict, x, tile, divisor, reach, margin, fits, batch)
     if box is None:
         return answer
     # Back to the volume: a crop by the box that the volume is, seen from the crop.
@@ -77,17 +79,23 @@ def _crop(x: Tensor, box: Box) -> Tensor:
 
 
 def _pass(
-    predict: Predict, x: Tensor, tile: Sequence[int], divisor: int, reach: int | None, fits: int | None, batch: int
+    predict: Predict,
+    x: Tensor,
+    tile: Sequence[int],
+    divisor: int,
+    reach: int | None,
+    margin: int,
+    fits: int | None,
+    batch: int,
 ) -> Tensor:
     """(B, C, *space) to (B, C', *space): one pass, or tiles."""
     space = x.shape[2:]
     padded = F.pad(x, [n for size in reversed(space) for n in (0, -size % divisor)])
     if not any(tile):
-        count = padded[0, 0].numel()
-        if fits is None or count <= fits:
+        if fits is None or _product([n + 2 * margin for n in padded.shape[2:]]) <= fits:
             answer = predict(padded).float()
         elif reach is not None:
-            answer = _exact_tiles(predict, padded, divisor, reach, fits)
+            answer = _exact_tiles(predict, padded, divisor, reach, margin, fits)
         else:
             answer = _blended_tiles(predict, padded, _side(padded.shape[2:], divisor, fits), batch=1)
     else:
@@ -118,7 +126,7 @@ def _blended_tiles(predict: Predict, x: Tensor, tile: Sequence[int], batch: int)
     return cast(Tensor, sliding_window_inference(x, tile, batch, as_float, overlap=OVERLAP, mode="gaussian"))
 
 
-def _exact_tiles(predict: Predict, x: Tensor, divisor: int, reach: int, fits: int) -> Tensor:
+def _exact_tiles(predict: Predict, x: Tensor, divisor: int, reach: int, margin: int, fits: int) -> Tensor:
     """Tiles that are computed with all that their voxels depend on, and then cut free of it."""
     halo = -(-reach // divisor) * divisor  # pooling must fall on the same voxels as in one pass
     space = x.shape[2:]
@@ -130,7 +138,7 @@ def _exact_tiles(predict: Predict, x: Tensor, divisor: int, reach: int, fits: in
     def seen(axis: int) -> int:
         return min(core(axis) + 2 * halo, space[axis])
 
-    while _product([seen(axis) for axis in range(len(space))]) > fits:
+    while _product([seen(axis) + 2 * margin for axis in range(len(space))]) > fits:
         cut = [axis for axis in range(len(space)) if core(axis) > divisor]
         if not cut:
             break  # the smallest there is
@@ -163,7 +171,8 @@ class _Whole(nn.Module):
     """A method and how it is to see a volume.
 
     Args:
-        model: answers ``Synthesizer`` or ``Segmenter``; networks may say their ``divisor`` and ``reach``.
+        model: answers ``Synthesizer`` or ``Segmenter``; networks may say their ``divisor`` and ``reach``, a ``grid`` of
+            which tiles must be multiples where it is not the divisor, and a ``margin`` that they surround volumes with.
         tile: what the method was trained to see, as in ``infer``; None is the whole volume.
         batch: patches or slices of one pass.
 
@@ -175,7 +184,9 @@ class _Whole(nn.Module):
         super().__init__()
         self.model, self.tile, self.batch = model, tuple(tile or (0, 0, 0)), batch
         self.sources = tuple(model.sources)
-        self.divisor = int(getattr(model, "divisor", 1))
+        grid = getattr(model, "grid", None)
+        self.divisor = int(getattr(model, "divisor", 1) if grid is None else grid)
+        self.margin = int(getattr(model, "margin", 0))
         self.tiled = False
         self._bytes_a_voxel: float | None = None
 
@@ -200,20 +211,21 @@ class _Whole(nn.Module):
             tile=self.tile,
             divisor=self.divisor,
             reach=reach,
+            margin=self.margin,
             fits=fits,
             batch=self.batch,
         )
 
     def _fits(self, predict: Callable[[object, Tensor], Tensor], x: Tensor) -> int | None:
-        """How many voxels a pass may have in the memory that is free now; None where nobody knows."""
+        """How many voxels a pass may have in the memory that is free now, margins included; None where nobody knows."""
         free = free_bytes(x.device)
         if free is None:
             return None
         if self._bytes_a_voxel is None:
-            side = 4 * self.divisor
+            side = 4 * self.divisor + 8 * self.margin  # enough that the margin, which is little but input, is not most
             model = copy.deepcopy(cast(nn.Module, self.model)).to("meta")
             probe = torch.empty(x.shape[0], x.shape[1], side, side, side, device="meta")
-            self._bytes_a_voxel = peak_bytes(lambda: predict(model, probe)) / side**3
+            self._bytes_a_voxel = peak_bytes(lambda: predict(model, probe)) / (side + 2 * self.margin) ** 3
         return int(free / self._bytes_a_voxel) if self._bytes_a_voxel else None
 
 

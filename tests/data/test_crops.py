@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mrgen.data.crops import BrainBox, RandomPatch
+from mrgen.data.crops import BrainBox, LesionPatch, RandomPatch
 from mrgen.data.layouts import Layout
 from mrgen.data.store import Store, write_cohort, write_subject
 from mrgen.errors import UserError
@@ -10,13 +10,12 @@ from mrgen.launch.paths import CONF_DIR
 RNG = np.random.default_rng(0)  # BrainBox does not draw
 
 
-def stored(folder, brain, id="A"):
+def stored(folder, brain, id="A", label=None):
     """A subject whose image numbers its voxels, so that a crop shows where it came from."""
     write_cohort(folder, Layout.from_conf(CONF_DIR / "data" / "layout" / "brats2019.yaml"), ["t1"])
+    label = np.zeros(brain.shape, np.uint8) if label is None else label
     image = np.arange(1, brain.size + 1, dtype=np.int16).reshape(1, *brain.shape)
-    return write_subject(
-        folder, id=id, image=image, brain=brain, label=np.zeros(brain.shape, np.uint8), affine=np.eye(4)
-    )
+    return write_subject(folder, id=id, image=image, brain=brain, label=label, affine=np.eye(4))
 
 
 def box_of_ones(shape, *ranges):
@@ -66,7 +65,7 @@ def test_a_size_that_would_cut_a_brain_names_the_subject(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(8, 8), (8, 8, 12), (8, 8, 0), (8, 8, -8)])
-@pytest.mark.parametrize("crop", [BrainBox, RandomPatch])
+@pytest.mark.parametrize("crop", [BrainBox, RandomPatch, LesionPatch])
 def test_sizes_that_no_network_takes_are_refused(crop, size):
     with pytest.raises(UserError, match="expected three multiples of 8"):
         crop(size=size, divisor=8)
@@ -143,3 +142,82 @@ def test_patches_are_a_function_of_the_generator(tmp_path):
     subject, crop = stored(tmp_path, ring()), RandomPatch(size=(8, 8, 8))
     drawn = [[crop(subject, rng) for _ in range(5)] for rng in map(np.random.default_rng, (1, 1, 2))]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+# ----- lesions -------------------------------------------------------------------------------------------------------
+
+
+def with_lesion(folder, share=0.5):
+    """A brain of 12³ voxels with three lesion voxels of different numbers, and its sampling."""
+    brain = box_of_ones((20, 18, 16), (4, 16), (3, 15), (2, 14))
+    label = np.zeros(brain.shape, np.uint8)
+    label[4, 3, 2], label[10, 10, 10], label[11, 10, 9] = 1, 4, 2
+    return stored(folder, brain, label=label), LesionPatch(size=(9, 7, 5), lesion_share=share)
+
+
+def centres(crop, subject, count=200, seed=0):
+    rng = np.random.default_rng(seed)
+    boxes = [crop(subject, rng) for _ in range(count)]
+    assert all(tuple(b - a for a, b in box) == crop.size for box in boxes)
+    return [tuple(start + n // 2 for (start, _), n in zip(box, crop.size, strict=True)) for box in boxes]
+
+
+def test_every_lesion_voxel_of_any_number_can_be_the_centre_and_a_patch_may_leave_the_volume(tmp_path):
+    subject, crop = with_lesion(tmp_path, share=1.0)
+    drawn = centres(crop, subject)
+    assert set(drawn) == {(4, 3, 2), (10, 10, 10), (11, 10, 9)}
+    counts = [drawn.count(voxel) for voxel in set(drawn)]
+    assert min(counts) > 200 / 3 - 4 * (200 * 2 / 9) ** 0.5
+    wide = LesionPatch(size=(9, 9, 9), lesion_share=1.0)
+    boxes = [wide(subject, np.random.default_rng(seed)) for seed in range(20)]
+    assert set(boxes) == {tuple((c - 4, c + 5) for c in voxel) for voxel in set(drawn)}
+    image = subject.read_image(box=((0, 9), (-1, 8), (-2, 7)))[0]
+    assert not image[:, :1].any()
+    assert not image[:, :, :2].any()
+    assert image[:, 1:, 2:].all()
+
+
+def test_the_other_patches_are_centred_on_brain_without_lesion(tmp_path):
+    subject, crop = with_lesion(tmp_path, share=0.0)
+    brain, label = subject.read_brain(), subject.read_label()
+    drawn = centres(crop, subject)
+    assert all(brain[voxel] and not label[voxel] for voxel in drawn)
+    assert len(set(drawn)) > 150
+    lesion = box_of_ones(brain.shape, (4, 16), (3, 15), (2, 13)).astype(np.uint8)  # all but one slice of the brain
+    mostly = stored(tmp_path, brain, "mostly", lesion)
+    assert {z for _, _, z in centres(crop, mostly)} == {13}
+
+
+def test_half_of_the_patches_show_lesions(tmp_path):
+    subject, crop = with_lesion(tmp_path)
+    drawn = sum(bool(subject.read_label()[voxel]) for voxel in centres(crop, subject, count=400))
+    assert abs(drawn - 200) < 4 * 10  # four standard deviations
+
+
+def test_a_subject_without_lesion_or_label_shows_brain(tmp_path):
+    brain = ring()
+    without = stored(tmp_path, brain)
+    unlabelled = write_subject(
+        tmp_path, id="B", image=brain[None].astype(np.int16), brain=brain, label=None, affine=np.eye(4)
+    )
+    for subject in (without, unlabelled):
+        assert all(brain[voxel] for voxel in centres(LesionPatch(size=(8, 8, 8), lesion_share=1.0), subject, 30))
+
+
+def test_a_subject_prepared_anew_has_other_lesions(tmp_path):
+    subject, crop = with_lesion(tmp_path, share=1.0)
+    assert len(set(centres(crop, subject))) == 3
+    label = np.zeros(subject.shape, np.uint8)
+    label[7, 7, 7] = 1
+    assert set(centres(crop, stored(tmp_path, subject.read_brain(), label=label))) == {(7, 7, 7)}
+
+
+def test_lesion_patches_are_a_function_of_the_generator(tmp_path):
+    subject, crop = with_lesion(tmp_path)
+    assert centres(crop, subject, seed=1) == centres(crop, subject, seed=1) != centres(crop, subject, seed=2)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_that_is_no_probability_is_refused(share):
+    with pytest.raises(UserError, match="expected a probability from 0 to 1"):
+        LesionPatch(lesion_share=share)

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -6,9 +8,11 @@ from torch.nn import functional as F
 from mrgen.evaluation import inference, memory
 from mrgen.evaluation.inference import WholeSegmenter, WholeSynthesizer, infer
 from mrgen.evaluation.memory import free_bytes, peak_bytes
+from mrgen.nets.deepmedic import DeepMedic
 from mrgen.nets.unet3d import UNet3d
 from mrgen.papers.rsnet import RSNet
 from mrgen.protocols import Segmentation, Segmenter, Synthesis, Synthesizer
+from mrgen.segmenter import SegmenterModule
 
 MODALITIES = ("t1", "t1ce", "t2", "flair")
 
@@ -260,6 +264,73 @@ def test_a_box_that_fits_is_one_pass_however_large_the_volume(monkeypatch, recwa
     with pytest.warns(UserWarning, match="sees 4,608 voxels in tiles"):
         whole.synthesize(sources(12, 12, 12), ((-2, 14), (-2, 14), (-3, 15)))  # a box larger than the volume
     assert whole.tiled
+
+
+# ----- networks that surround their input with a margin --------------------------------------------------------------
+
+
+def deepmedic():
+    """A shallow one, with a margin of 11 and a grid of 6, whose norms have seen something."""
+    torch.manual_seed(0)
+    net = partial(DeepMedic, widths=(2, 2, 3), hidden=(5,), factors=(2, 3), residual=(2,))
+    model = SegmenterModule(net=net, modalities=("t1", "t2"), classes="abc", regions={"x": [1]})
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm3d):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+    return model.eval().requires_grad_(False)
+
+
+def two(*size):
+    x = image(*size)
+    return {"t1": x[:, :1], "t2": x[:, 1:]}
+
+
+def test_deepmedic_in_tiles_is_deepmedic_in_one_pass(monkeypatch, recwarn):
+    """The blocks of its pathways fall on the same voxels, and what surrounds a tile is what is really there."""
+    model, inputs = deepmedic(), two(70, 20, 13)
+    saw = []
+    model.net.register_forward_pre_hook(lambda _, args: saw.append(tuple(args[0].shape[2:])))
+    whole = WholeSegmenter(model)
+    once = whole.segment(inputs)
+    assert saw[-1] == (72 + 22, 24 + 22, 18 + 22)  # to the grid, and the margin
+    fits = 70 * 46 * 40
+    monkeypatch.setattr(inference, "free_bytes", lambda device: int(fits * whole._bytes_a_voxel))
+    saw.clear()
+    tiled = whole.segment(inputs)
+    assert len(saw) > 1
+    assert all(torch.Size(shape).numel() <= fits for shape in saw)
+    assert not whole.tiled
+    assert not recwarn
+    torch.testing.assert_close(tiled.probabilities, once.probabilities, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(once.probabilities, model.segment(inputs).probabilities, rtol=1e-4, atol=1e-5)
+
+
+def test_tiles_between_the_positions_of_its_grid_would_differ():
+    """So that the test above can fail."""
+    model, x = deepmedic(), image(70, 20, 13)
+
+    def predict(part):
+        return model.segment({"t1": part[:, :1], "t2": part[:, 1:]}).probabilities
+
+    once = infer(predict, x)
+    tiles = infer(predict, x, divisor=1, reach=model.reach, margin=model.margin, fits=70 * 42 * 35)
+    assert (tiles - once).abs().max() > 1e-3
+
+
+def test_the_margin_is_not_mistaken_for_the_network():
+    """A pass never needs more than the estimate says, and not a fraction of it either."""
+    model = deepmedic()
+    whole = WholeSegmenter(model)
+    whole.segment(two(6, 6, 6))
+    model.to("meta")
+    ratios = []
+    for side in (6, 30, 60, 112):
+        inputs = {name: torch.empty(1, 1, side, side, side, device="meta") for name in ("t1", "t2")}
+        ratios.append(peak_bytes(lambda inputs=inputs: model.segment(inputs)) / (side + 22) ** 3 / whole._bytes_a_voxel)
+    assert ratios == sorted(ratios)
+    assert ratios[-1] == pytest.approx(1, abs=0.02)
+    assert ratios[1] > 0.3
 
 
 # ----- memory --------------------------------------------------------------------------------------------------------

@@ -2,8 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from mrgen.evaluation.inference import infer
-from mrgen.nets.deepmedic import DeepMedic
+from mrgen.nets.deepmedic import DeepMedic, PReLU
 
 WIDTHS = (2, 2, 3, 3, 3, 3, 4, 4)
 
@@ -49,7 +48,7 @@ def test_layers_are_those_of_deepmedics_default():
 @pytest.mark.parametrize(("factors", "margin", "grid"), [((), 8, 1), ((3,), 26, 3), ((2, 3), 26, 6), ((3, 5), 44, 15)])
 def test_the_answer_is_smaller_by_the_margin(factors, margin, grid):
     net = deepmedic(factors=factors)
-    assert (net.margin, net.reach, net.grid, net.divisor) == (margin, margin, grid, 1)
+    assert (net.margin, net.reach, net.grid) == (margin, margin, grid)
     for size in ((1, 1, 1), (4, 2, 5)):
         assert net(torch.randn(1, 2, *(n + 2 * margin for n in size))).shape == (1, 3, *size)
     with pytest.raises(ValueError, match=f"must have {2 * margin + 1} voxels or more"):
@@ -134,30 +133,57 @@ def test_between_grid_positions_the_blocks_fall_differently():
     torch.testing.assert_close(normal(image[:, :, 1:]), normal(image)[:, :, 1:], atol=1e-5, rtol=1e-5)
 
 
-def test_padded_it_answers_for_whole_volumes_as_if_background_surrounded_them():
-    net, padded = shallow(), shallow(pad=True)
-    assert (padded.margin, padded.reach, padded.divisor) == (0, net.margin, net.grid)
-    image = torch.randn(1, 2, 7, 5, 6)
-    surrounded = torch.zeros(1, 2, *(n + 2 * net.margin for n in (7, 5, 6)))
-    surrounded[:, :, net.margin : -net.margin, net.margin : -net.margin, net.margin : -net.margin] = image
-    assert padded(image).shape == (1, 3, 7, 5, 6)
-    torch.testing.assert_close(padded(image), net(surrounded))
-
-
-def test_a_volume_in_tiles_is_the_volume_in_one_pass():
-    net, image = shallow(pad=True), torch.randn(1, 2, 66, 7, 6)
-    calls = []
-    net.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[2]))
-    tiled = infer(net, image, divisor=net.divisor, reach=net.reach, fits=48 * 12 * 6)
-    assert len(calls) > 1
-    torch.testing.assert_close(tiled, infer(net, image, divisor=net.divisor), atol=1e-5, rtol=1e-5)
-
-
 def test_every_layer_learns():
     net = deepmedic(dropout=0.0).train().requires_grad_(True)
     net(torch.randn(2, 2, *(3 + 2 * net.margin,) * 3)).square().sum().backward()
     for name, parameter in net.named_parameters():
         assert parameter.grad.abs().sum() > 0, name
+
+
+# ----- on a processor ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last_3d, torch.contiguous_format])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_prelu_is_pytorchs(layout, kind):
+    torch.manual_seed(0)
+    x, grad = (torch.randn(2, 5, 4, 3, 6).to(kind).to(memory_format=layout) for _ in range(2))
+    x[0, 0, 0, 0] = torch.tensor([0.0, -0.0, 1.0, -1.0, 1e4, -2.5])
+    found = []
+    for cls in (PReLU, nn.PReLU):
+        layer, image = cls(5).to(kind), x.clone(memory_format=torch.preserve_format).requires_grad_()
+        with torch.no_grad():
+            layer.weight.copy_(torch.tensor([0.25, -0.5, 1.5, 0.0, 2.0]))
+        answer = layer(image)
+        answer.backward(grad)
+        found.append((answer, image.grad, layer.weight.grad))
+    for ours, pytorchs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, pytorchs, rtol=2e-2 if kind is torch.bfloat16 else 1e-5, atol=1e-5)
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert found[0][0].is_contiguous(memory_format=layout)
+
+
+def test_the_gradient_of_prelu_is_that_of_finite_differences():
+    torch.manual_seed(0)
+    layer = PReLU(3).double()
+    x = torch.randn(2, 3, 2, 2, 2, dtype=torch.float64).to(memory_format=torch.channels_last_3d).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x, w: torch.func.functional_call(layer, {"weight": w}, (x,)), (x, layer.weight)
+    )
+
+
+def test_channels_last_is_the_same_network():
+    net, image = deepmedic(dropout=0.0).train(), torch.randn(2, 2, *(3 + 2 * 44,) * 3)
+    answers = []
+    for layout in (torch.contiguous_format, torch.channels_last_3d):
+        net.to(memory_format=layout).requires_grad_(True).zero_grad()
+        logits = net(image)
+        logits.square().sum().backward()
+        answers.append((logits.detach(), [p.grad.clone() for p in net.parameters()]))
+    torch.testing.assert_close(answers[0][0], answers[1][0], rtol=1e-4, atol=1e-4)
+    for contiguous, last in zip(answers[0][1], answers[1][1], strict=True):
+        assert (contiguous - last).norm() <= 1e-3 * contiguous.norm() + 1e-3
 
 
 @pytest.mark.parametrize("wrong", [{"factors": (1, 3)}, {"residual": (1,)}, {"residual": (9,)}])
