@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from mrgen.data.crops import Crop
 from mrgen.data.normalisation import Normalisation
 from mrgen.data.sampler import Key
+from mrgen.data.slices import AxialSlice
 from mrgen.data.store import StoredSubject
 
 __all__ = ["CropDataset"]
@@ -19,8 +20,10 @@ __all__ = ["CropDataset"]
 class CropDataset(Dataset):
     """One crop of one subject a sample, in the form of ``mrgen.data.batch.Batch`` without the batch axis.
 
+    A slice has no z axis, but keeps the three numbers of its spacing.
+
     Args:
-        subjects: prepared subjects, all labelled.
+        subjects: prepared subjects; one without a label has no lesion.
         modalities: sequences to read, in this order.
         lookup: (256,) table from a cohort's own label numbers to class indices.
         crop: chooses the box.
@@ -58,9 +61,13 @@ class CropDataset(Dataset):
             brain,
             [subject.statistics[name] for name in self.modalities],
         )  # (C, X, Y, Z)
-        label = torch.from_numpy(self.lookup[subject.read_label(box)])  # (X, Y, Z)
+        label = torch.zeros(brain.shape, dtype=torch.int64)  # (X, Y, Z)
+        if subject.labelled:
+            label = torch.from_numpy(self.lookup[subject.read_label(box)])
         if self.augment is not None:
             image, label, brain = self._augmented(image, label, brain, int(rng.integers(2**62)))
+        if isinstance(self.crop, AxialSlice):  # only now: TorchIO knows volumes alone
+            image, label, brain = (t.squeeze(-1) for t in (image, label, brain))  # (C, X, Y), (X, Y), (X, Y)
         # The grid is the scan's own: a transform moves what lies on it and not its voxels.
         spacing = torch.tensor(subject.spacing, dtype=torch.float32)  # (3,)
         return {"image": image, "label": label, "brain": brain, "subject": subject.id, "spacing": spacing}

@@ -1,7 +1,7 @@
 """How near a synthesised image is to the real one: MSE, MAE, PSNR and SSIM inside a mask, in 3D and in 2D.
 
-All take `prediction` and `reference` as floats and `mask` as bool, each (X, Y, Z), (1, X, Y, Z) or (X, Y), and return a
-Python float. An empty mask gives nan: a mean over subjects should skip it (`nanmean`), not count it as 0.
+All measures take `prediction` and `reference` as floats and `mask` as bool, each (X, Y, Z), (1, X, Y, Z) or (X, Y), and
+return a Python float. An empty mask gives nan: a mean over subjects should skip it (`nanmean`), not count it as 0.
 
 PSNR and SSIM depend on `data_range`, the span of intensities that counts as full scale, and nothing sensible can be
 guessed for z-scored images; so it has no default. Fix it, the mask and the normalisation before comparing methods, and
@@ -16,6 +16,23 @@ from torch import Tensor
 
 _SIGMA = 1.5  # Wang et al. 2004: an 11-tap Gaussian window of sigma 1.5, K1 = 0.01, K2 = 0.03
 _RADIUS = 5
+
+
+def unit_range(x: Tensor) -> Tensor:
+    """Every image to [0, 1] by its own extremes; the background, which is 0, becomes the minimum.
+
+    Without the latter the background of a z-scored image would be brighter than half of the brain.
+
+    Args:
+        x: (B, C, X, Y, Z) or (B, C, X, Y), floats.
+
+    Returns:
+        The same shape and type; 0 everywhere for an image of one value.
+    """
+    axes = tuple(range(2, x.ndim))
+    low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)  # (B, C, 1, 1, 1)
+    x = torch.where(x == 0, low, x)
+    return (x - low) / (high - low).clamp(min=torch.finfo(x.dtype).tiny)
 
 
 def mse(prediction: Tensor, reference: Tensor, mask: Tensor) -> float:

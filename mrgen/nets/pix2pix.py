@@ -14,7 +14,21 @@ from mrgen.nets.blocks import Dropout
 
 __all__ = ["AdditiveUpsampling", "ResNetGenerator", "UNetGenerator", "as_in_training", "init_normal"]
 
-CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+
+class _Conv3d(nn.Conv3d):
+    """``torch.nn.Conv3d``, the same numbers; on a processor with a second channel of zeros where one is wanted.
+
+    oneDNN takes seven times as long for one output channel as for two, with a kernel of 3.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, in, X, Y, Z) -> (B, out, …)
+        if self.out_channels > 1 or x.device.type != "cpu":
+            return super().forward(x)
+        bias = None if self.bias is None else torch.cat([self.bias, torch.zeros_like(self.bias)])
+        return self._conv_forward(x, torch.cat([self.weight, torch.zeros_like(self.weight)]), bias)[:, :1]
+
+
+CONV = {2: nn.Conv2d, 3: _Conv3d}
 NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 LINEAR = {2: "bilinear", 3: "trilinear"}
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
@@ -39,10 +53,15 @@ class AdditiveUpsampling(nn.Module):
         self.conv = CONV[dims](in_channels // 4, out_channels, kernel_size=3, padding=1, bias=bias)
 
     def forward(self, *parts: Tensor) -> Tensor:  # (B, n, X, Y, Z) each, as if concatenated -> (B, out, 2X, 2Y, 2Z)
-        x = torch.cat([part.unflatten(1, (-1, 4)).sum(dim=2) for part in parts], dim=1)  # (B, in / 4, X, Y, Z)
-        # The sum loses the layout, and interpolation alone is four times as slow on a processor without it.
-        x = x.contiguous(memory_format=CHANNELS_LAST[self.dims])
+        x = torch.cat([self._sums_of_four(part) for part in parts], dim=1)  # (B, in / 4, X, Y, Z)
+        x = x.contiguous(memory_format=CHANNELS_LAST[self.dims])  # else interpolation is four times as slow on a CPU
         return self.conv(F.interpolate(x, scale_factor=2, mode=LINEAR[self.dims]))
+
+    def _sums_of_four(self, x: Tensor) -> Tensor:  # (B, n, X, Y, Z) -> (B, n / 4, X, Y, Z)
+        """As a convolution of 1 with fixed weights: a tenth of the time of a sum, and it keeps the layout."""
+        ones = torch.eye(x.shape[1] // 4, dtype=x.dtype, device=x.device).repeat_interleave(4, dim=1)  # (n / 4, n)
+        conv = F.conv3d if self.dims == 3 else F.conv2d
+        return conv(x, ones[(..., *(None,) * self.dims)])
 
 
 class _Up(nn.Module):
@@ -58,7 +77,8 @@ class _Up(nn.Module):
             self.after.append(Dropout(dropout))
 
     def forward(self, *parts: Tensor) -> Tensor:  # (B, n, X, Y, Z) each -> (B, out, 2X, 2Y, 2Z)
-        return self.after(self.upsampling(*(F.relu(part) for part in parts)))
+        # Without gradients nobody needs the parts any more.
+        return self.after(self.upsampling(*(F.relu(part, inplace=not torch.is_grad_enabled()) for part in parts)))
 
 
 class UNetGenerator(nn.Module):

@@ -19,23 +19,12 @@ from torch import Tensor, nn
 from mrgen.data.batch import IGNORED, Batch, volumes
 from mrgen.losses.adversarial import discriminator_loss, generator_loss
 from mrgen.metrics.means import SubjectMeans
-from mrgen.metrics.reconstruction import mse
+from mrgen.metrics.reconstruction import mse, unit_range
 from mrgen.nets.patchgan import PatchGAN
 from mrgen.nets.pix2pix import ResNetGenerator, UNetGenerator, as_in_training, init_normal
 from mrgen.protocols import Synthesis, Volumes
 
-__all__ = ["Pix2Pix", "brain_l1", "tumour_error", "unit_range"]
-
-
-def unit_range(x: Tensor) -> Tensor:
-    """Each volume of (B, C, X, Y, Z) to [0, 1] by its own extremes; the background, which is 0, becomes the minimum.
-
-    A z-scored brain has darker voxels than that. A volume of one value is 0 everywhere.
-    """
-    axes = tuple(range(2, x.ndim))
-    low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)  # (B, C, 1, 1, 1)
-    x = torch.where(x == 0, low, x)
-    return (x - low) / (high - low).clamp(min=torch.finfo(x.dtype).tiny)
+__all__ = ["Pix2Pix", "brain_l1", "tumour_error"]
 
 
 def brain_l1(made: Tensor, target: Tensor, label: Tensor) -> Tensor:
@@ -86,7 +75,7 @@ class Pix2Pix(LightningModule):
         target: the sequence to synthesise.
         sources: the sequences that it is made from.
         generator: ``unet`` or ``resnet``.
-        dims: 3 for volumes.
+        dims: 3 for volumes, 2 for axial slices; below, what is (B, …, X, Y, Z) is then (B, …, X, Y).
         filters, dropout: of the generator.
         downs: of the UNet; crops must be multiples of 2^downs.
         blocks: of the ResNet.
@@ -100,9 +89,15 @@ class Pix2Pix(LightningModule):
         dropout_at_test: keep dropout active in synthesis, as Pix2Pix does.
         batch_statistics_at_test: let batch norms use a test volume's own statistics, as Pix2Pix does, and not the
             training's running ones.
+
+    Attributes:
+        scale: of its syntheses, [0, 1].
+        sees_whole: at test it is given whole volumes, whatever crops it was trained on; in 2D slices.
+        divisor: what every axis that the generator sees must be a multiple of.
     """
 
     scale = "unit"
+    sees_whole = True
 
     def __init__(
         self,
@@ -153,8 +148,14 @@ class Pix2Pix(LightningModule):
             len(sources) + 1, dims=dims, filters=discriminator_filters, layers=discriminator_layers
         )
         self.apply(init_normal)
+        self.sees_whole = dims == 3
         self.divisor = self.generator.divisor
         self.val_means = SubjectMeans(["loss", "mse_brain", "mse_tumour"])
+
+    @property
+    def family(self) -> str:
+        """``unet`` or ``resnet``: of each the best models are chosen on the validation subjects (section 5.2)."""
+        return "unet" if isinstance(self.generator, UNetGenerator) else "resnet"
 
     def forward(self, volumes: Volumes) -> Tensor:
         """Synthesis (B, 1, X, Y, Z) in [−1, 1]."""
@@ -239,8 +240,8 @@ class Pix2Pix(LightningModule):
         inputs = volumes(batch, self.modalities)
         made, target = self.synthesize(inputs).mean, unit_range(inputs[self.targets[0]])
         # Validation batches hold one subject each.
-        brain = mse(made[0], target[0], batch["brain"][0])
-        tumour = mse(made[0], target[0], _tumour(batch["label"])[0])
+        brain = mse(made[0, 0], target[0, 0], batch["brain"][0])
+        tumour = mse(made[0, 0], target[0, 0], _tumour(batch["label"])[0])
         self.val_means.add({"loss": brain, "mse_brain": brain, "mse_tumour": tumour})
 
     def on_validation_epoch_end(self) -> None:

@@ -7,6 +7,7 @@ from mrgen.data.crops import BrainBox, RandomPatch
 from mrgen.data.dataset import CropDataset
 from mrgen.data.layouts import Layout
 from mrgen.data.normalisation import ZScore
+from mrgen.data.slices import AxialSlice
 from mrgen.data.store import Store, write_cohort, write_subject
 from mrgen.launch.paths import CONF_DIR
 
@@ -176,3 +177,19 @@ def test_augmentation_leaves_the_global_generators_untouched(subjects):
 
 def test_length_is_the_number_of_subjects(subjects):
     assert len(dataset(subjects[:3])) == 3
+
+
+@pytest.mark.parametrize("augment", [None, tio.RandomFlip(axes=["LR", "AP"], flip_probability=1)])
+def test_a_slice_has_no_z_and_is_that_of_the_volume(coded, augment):
+    crop = AxialSlice(divisor=4)
+    crop.fit([coded])
+    data = dataset([coded], crop=crop, modalities=("t1",), augment=augment)
+    for index in range(5):
+        sample = data[0, index, 0]
+        assert (sample["image"].shape, sample["label"].shape, sample["brain"].shape) == ((1, 20, 16), *[(20, 16)] * 2)
+        assert (sample["label"].dtype, sample["brain"].dtype) == (torch.int64, torch.bool)
+        assert sample["spacing"].shape == (3,)
+        agree(sample, coded)
+        (x, y, (z, _)) = crop(coded, np.random.default_rng([0, 0, index]))
+        brain = torch.from_numpy(coded.read_brain((x, y, (z, z + 1)))[:, :, 0])
+        assert torch.equal(sample["brain"], brain if augment is None else brain.flip(0, 1))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 
-from mrgen.metrics.reconstruction import mae, mse, psnr, ssim
+from mrgen.metrics.reconstruction import mae, mse, psnr, ssim, unit_range
 
 
 def pair(shape, seed=0):
@@ -113,3 +113,17 @@ def test_broadcasting_and_float_masks_are_refused():
         mae(prediction, reference[0], mask)
     with pytest.raises(ValueError, match="found"):
         mse(prediction.expand(2, -1, -1, -1), reference.expand(2, -1, -1, -1), mask.expand(2, -1, -1, -1))
+
+
+def test_every_image_is_rescaled_by_its_own_extremes():
+    x = torch.tensor([[[0.0, 5, 10], [0, 2, 1]], [[4, 6, 8], [3, 3, 3]]])  # (subjects, sequences, voxels)
+    expected = torch.tensor([[[0, 0.5, 1], [0, 1, 0.5]], [[0, 0.5, 1], [0, 0, 0]]])
+    assert torch.equal(unit_range(x), expected)
+    for shape in ((2, 2, 3, 1), (2, 2, 1, 3, 1)):  # slices, volumes
+        assert torch.equal(unit_range(x.reshape(shape)), expected.reshape(shape))
+
+
+def test_the_background_is_the_minimum_also_of_a_z_scored_image():
+    assert unit_range(torch.tensor([[[0.0, -2, 1, 2, 0]]])).tolist() == [[[0, 0, 0.75, 1, 0]]]
+    scan = torch.tensor([[[0.0, 100, 150, 400]]])  # its background is its minimum already
+    assert torch.equal(unit_range(scan), scan / 400)

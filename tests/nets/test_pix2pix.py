@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mrgen.nets.pix2pix import AdditiveUpsampling, ResNetGenerator, UNetGenerator, as_in_training, init_normal
+from mrgen.nets.pix2pix import CONV, AdditiveUpsampling, ResNetGenerator, UNetGenerator, as_in_training, init_normal
 
 SMALL = {2: (16, 32), 3: (16, 32, 16)}
 
@@ -42,6 +42,32 @@ def test_nothing_is_upsampled_with_more_than_a_quarter_of_the_channels(monkeypat
 def test_widths_must_fall_into_groups_of_four(make, filters):
     with pytest.raises(ValueError, match="expected a multiple of 4"):
         make(1, filters=filters)
+
+
+def test_a_convolution_to_one_channel_is_pytorchs_with_its_gradients():
+    for settings in ({"kernel_size": 3, "padding": 1}, {"kernel_size": 7, "padding": 3, "padding_mode": "reflect"}):
+        ours, theirs = CONV[3](4, 1, **settings), nn.Conv3d(4, 1, **settings)
+        theirs.load_state_dict(ours.state_dict())
+        image = torch.randn(2, 4, 6, 5, 8)
+        results = []
+        for conv in (ours, theirs):
+            x = image.clone().requires_grad_()
+            out = conv(x)
+            out.square().sum().backward()
+            results.append((out, x.grad, conv.weight.grad, conv.bias.grad))
+        for own, reference in zip(*results, strict=True):
+            torch.testing.assert_close(own, reference, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_four_add_up_neighbouring_channels(dtype):
+    upsampling, x = (
+        AdditiveUpsampling(8, 4),
+        torch.arange(8.0, dtype=dtype).reshape(1, 8, 1, 1, 1).expand(1, 8, 2, 3, 4),
+    )
+    sums = upsampling._sums_of_four(x)
+    assert (sums.shape, sums.dtype) == ((1, 2, 2, 3, 4), dtype)
+    assert torch.equal(sums[0, :, 1, 2, 3].float(), torch.tensor([0.0 + 1 + 2 + 3, 4 + 5 + 6 + 7]))
 
 
 # ----- UNet ----------------------------------------------------------------------------------------------------------
@@ -113,6 +139,16 @@ def test_every_layer_of_the_unet_learns():
     net = UNetGenerator(1, filters=4, downs=4)
     net(torch.randn(1, 1, 16, 16, 16)).square().sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in net.parameters())
+
+
+def test_the_unet_answers_the_same_without_gradients_and_leaves_its_input_alone():
+    net, image = UNetGenerator(1, filters=4, downs=4), torch.randn(1, 1, 16, 16, 16)
+    before = image.clone()
+    with torch.no_grad():
+        first, again = net(image), net(image)  # there the ReLUs are in place
+    assert torch.equal(image, before)
+    assert torch.equal(first, again)
+    torch.testing.assert_close(first, net(image).detach())
 
 
 @pytest.mark.parametrize("size", [(12, 16, 16), (16, 16, 20)])

@@ -3,13 +3,18 @@ import math
 import pytest
 import pytorch_lightning as pl
 import torch
+import torchio
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 
 from mrgen.data.batch import volumes
 from mrgen.evaluation.inference import WholeSynthesizer
-from mrgen.papers.pix2pix import Pix2Pix, brain_l1, tumour_error, unit_range
+from mrgen.launch.paths import CONF_DIR
+from mrgen.papers.pix2pix import Pix2Pix, brain_l1, tumour_error
 from mrgen.protocols import Segmenter, Synthesizer
+from tests.launch.tools import call, composed
 
 MODALITIES = ("t1", "t2", "flair")
 SIZE = 8
@@ -81,25 +86,11 @@ def test_there_are_two_generators():
         pix2pix(generator="vae")
 
 
-def test_slices_are_a_matter_of_dims():
-    model, image = pix2pix(dims=2), torch.rand(2, 1, 8, 12)
-    assert model({"t1": image}).shape == (2, 1, 8, 12)
-    assert model.synthesize({"t1": image}).mean.shape == (2, 1, 8, 12)
+def test_it_names_its_generators_family():
+    assert [pix2pix(generator=name).family for name in ("unet", "resnet")] == ["unet", "resnet"]
 
 
 # ----- scaling -------------------------------------------------------------------------------------------------------
-
-
-def test_every_volume_is_scaled_by_its_own_extremes():
-    x = torch.tensor([[[0.0, 5, 10], [0, 2, 1]], [[4, 6, 8], [3, 3, 3]]])  # (subjects, sequences, voxels)
-    expected = [[[0, 0.5, 1], [0, 1, 0.5]], [[0, 0.5, 1], [0, 0, 0]]]
-    assert unit_range(x).tolist() == expected
-
-
-def test_the_background_is_the_minimum_also_of_z_scored_volumes():
-    assert unit_range(torch.tensor([[[0.0, -2, 1, 2, 0]]])).tolist() == [[[0, 0, 0.75, 1, 0]]]
-    raw = example()["image"][:, :1]
-    assert torch.equal(unit_range(raw), raw / raw.max())  # a scan's background is its minimum already
 
 
 def test_the_networks_see_no_units():
@@ -255,12 +246,18 @@ def test_the_learning_rate_is_constant_and_then_falls_linearly():
 
 
 class Cohort(torch.utils.data.Dataset):
+    """Two volumes, or the slice of each at ``z``."""
+
+    def __init__(self, z=slice(None)):
+        self.z = z
+
     def __len__(self):
         return 2
 
     def __getitem__(self, index):
         batch = example(seed=index)
-        return {key: value[0] for key, value in batch.items()}
+        images = {key: batch[key][0][..., self.z] for key in ("image", "label", "brain")}
+        return {**images, "subject": batch["subject"][0]}
 
 
 def trainer(tmp_path, epochs, **settings):
@@ -292,6 +289,49 @@ def test_lightning_trains_it_and_resumes_both_players_and_their_schedule(tmp_pat
     again.fit(model, loader, loader, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     assert seen == [pytest.approx([1e-3 * 0.5] * 2)]  # the third of the epochs
     assert all(next(iter(o.state.values()))["step"] == 3 * 2 for o in again.optimizers)
+
+
+# ----- slices --------------------------------------------------------------------------------------------------------
+
+
+def sliced(batch, z=4):
+    return {key: value if key == "subject" else value[..., z] for key, value in batch.items()}
+
+
+@pytest.mark.parametrize("generator", ["unet", "resnet"])
+def test_lightning_trains_it_on_slices(tmp_path, generator):
+    model = pix2pix(Pix2Pix, dims=2, generator=generator, tumour_weight=10.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    loader = DataLoader(Cohort(z=4), batch_size=2)
+    run = trainer(tmp_path, 1)
+    run.fit(model, loader, DataLoader(Cohort(z=4)))
+    names = ("train/l1", "train/tumour", "train/discriminator", "val/mse_brain", "val/mse_tumour")
+    assert all(0 < run.callback_metrics[name] < 100 for name in names)
+    assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_losses_of_a_slice_are_those_of_a_volume_of_one_slice():
+    model, batch = pix2pix(), example()
+    source, target = model.pair({**batch, "image": batch["image"][..., 4:5]})
+    label = batch["label"][..., 4:5]
+    flat = pix2pix(dims=2).pair(sliced(batch))
+    assert all(torch.equal(a[..., 0], b) for a, b in zip((source, target), flat, strict=True))
+    for error in (brain_l1, tumour_error):
+        assert torch.equal(error(source, target, label), error(*flat, label[..., 0]))
+
+
+def test_whole_volumes_are_synthesised_slice_by_slice():
+    model, inputs = pix2pix(dims=2, dropout_at_test=False), {"t1": torch.rand(1, 1, 8, 7, 3)}
+    whole = WholeSynthesizer(model, tile=(0, 0, 1)).synthesize(inputs)
+    assert (whole.mean.shape, whole.scale) == ((1, 1, 8, 7, 3), "unit")
+    third = nn.functional.pad(inputs["t1"][..., 2], (0, 1))  # to multiples of 4
+    torch.testing.assert_close(whole.mean[..., 2], model.synthesize({"t1": third}).mean[..., :7])
+
+
+def test_volumes_are_seen_whole_and_slices_as_slices():
+    assert Pix2Pix.sees_whole
+    assert pix2pix().sees_whole
+    assert not pix2pix(dims=2).sees_whole
 
 
 # ----- validation and synthesis --------------------------------------------------------------------------------------
@@ -348,3 +388,45 @@ def test_whole_volumes_are_padded_to_what_the_generator_needs():
     padded = nn.functional.pad(inputs["t1"], (0, 1, 0, 2, 0, 3))
     torch.testing.assert_close(whole.mean, model.synthesize({"t1": padded}).mean[:, :, :9, :10, :7])
     assert whole.scale == "unit"
+
+
+# ----- presets -------------------------------------------------------------------------------------------------------
+
+
+def test_the_grid_is_the_papers_32_models():
+    conf = OmegaConf.load(CONF_DIR / "experiment" / "t1_to_t2" / "pix2pix_grid.yaml")
+    sweep = {name: str(values).split(",") for name, values in conf.hydra.sweeper.params.items()}
+    weights = ["0", "100", "500", "1000"]
+    assert sweep == {
+        "model.generator": ["unet", "resnet"],
+        "model.l1_weight": weights,
+        "model.tumour_weight": weights,
+    }
+
+
+def test_a_sweep_has_one_folder_and_a_name_for_each_job(tmp_path, monkeypatch):
+    jobs = []
+    monkeypatch.setattr("mrgen.launch.training.train", lambda conf, folder: jobs.append((conf, folder)))
+    monkeypatch.setenv("MRGEN_RUNS", "made")
+    less = ("model.l1_weight=100", "model.tumour_weight=0")
+    assert call("train", ["-m", "experiment=t1_to_t2/pix2pix_grid", *less], monkeypatch, tmp_path).code == 0
+    assert [conf.model.generator for conf, _ in jobs] == ["unet", "resnet"]
+    assert [conf.name for conf, _ in jobs] == ["unet-100-0", "resnet-100-0"]
+    assert [folder.name for _, folder in jobs] == ["0_unet-100-0", "1_resnet-100-0"]
+    assert {folder.parents[1] for _, folder in jobs} == {tmp_path / "made" / "pix2pix_grid"}
+    assert len({folder.parent for _, folder in jobs}) == 1
+
+
+def test_the_preset_is_the_papers_training():
+    conf = composed("train", "experiment=t1_to_t2/pix2pix", "data=brats2019")
+    assert (conf.data.sampling._target_, list(conf.data.sampling.size)) == ("mrgen.data.crops.RandomPatch", [128] * 3)
+    assert conf.data.normalisation._target_ == "mrgen.data.normalisation.MinMax"
+    assert conf.trainer.max_epochs == conf.model.constant_epochs + conf.model.decay_epochs == 200
+    (flip,) = conf.augmentation.transforms
+    subject = torchio.Subject(image=torchio.ScalarImage(tensor=torch.arange(8.0).reshape(1, 2, 2, 2)))
+    image, seen = subject["image"].data, set()
+    for _ in range(40):
+        flipped = instantiate(flip)(subject)["image"].data
+        assert torch.equal(flipped, image) or torch.equal(flipped, image.flip(1, 2))  # both axes or neither
+        seen.add(torch.equal(flipped, image))
+    assert seen == {True, False}
