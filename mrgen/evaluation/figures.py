@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["calibration_figure", "swap_figure", "synthesis_figure"]
+__all__ = ["axial", "calibration_figure", "swap_figure", "synthesis_figure"]
 
 _SEQUENCES = {"t1": "T1", "t2": "T2", "t1ce": "T1ce", "flair": "FLAIR"}  # the order of RS-Net's Figure 2
 _METHODS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: for all kinds of sight
@@ -20,7 +20,7 @@ _CLIP = 99.5  # percentile of the variance at which its window ends: a few voxel
 _DOTS = 3000  # voxels drawn an input
 
 
-def _axial(slice_xy: Any) -> np.ndarray:
+def axial(slice_xy: Any) -> np.ndarray:
     """(X, Y) in RAS+ to rows from anterior to posterior and columns from the patient's right to left."""
     return np.asarray(slice_xy).T[::-1, ::-1]
 
@@ -50,9 +50,9 @@ def swap_figure(slices: Mapping[str, Mapping[str, Any]], path: Path, *, title: s
     classes = ListedColormap(["black", "#d1495b", "#edae49", "#66c2ff"])
     for row, name in zip(axes, names, strict=False):
         part = slices[name]
-        real, synthetic = _axial(part["real"]), _axial(part["synthetic"])
+        real, synthetic = axial(part["real"]), axial(part["synthetic"])
         low, high = np.percentile(real, (1, 99.8))
-        label = _axial(part["label"])
+        label = axial(part["label"])
         lesion = (label > 0) & (label != 255)
         row[0].imshow(real, cmap="gray", vmin=low, vmax=high)
         row[1].imshow(synthetic, cmap="gray", vmin=low, vmax=high)  # the real window: a bias must show
@@ -60,7 +60,7 @@ def swap_figure(slices: Mapping[str, Mapping[str, Any]], path: Path, *, title: s
         for axis in row[:3]:
             if lesion.any():
                 axis.contour(lesion, levels=[0.5], colors="#ffd400", linewidths=0.6)
-        maps = (label, _axial(slices["real"]["predicted"]), _axial(part["predicted"]))
+        maps = (label, axial(slices["real"]["predicted"]), axial(part["predicted"]))
         for axis, classes_map in zip(row[3:], maps, strict=True):
             axis.imshow(
                 np.where(classes_map == 255, 0, classes_map), cmap=classes, vmin=0, vmax=3, interpolation="nearest"
@@ -100,7 +100,7 @@ def _synthesis(slices: Mapping[str, Mapping[str, Any]], title: str, method: str)
     for name, kept in slices.items():
         target, _, by = name.partition("/")
         if by == method and kept.get("variance") is not None:
-            columns[target] = {key: _axial(kept[key]) for key in ("real", "synthetic", "variance", "label")}
+            columns[target] = {key: axial(kept[key]) for key in ("real", "synthetic", "variance", "label")}
     targets = _in_order(columns)
     tall = max((part["real"].shape[0] / part["real"].shape[1] for part in columns.values()), default=1.0)
     figure = Figure(figsize=(max(3.6, 2.1 * len(targets) + 0.4), 3 * 2.05 * tall + 1.1), layout="constrained")

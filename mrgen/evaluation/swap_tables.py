@@ -15,7 +15,21 @@ from mrgen.evaluation.swap import REAL
 from mrgen.evaluation.table import Table
 from mrgen.metrics.segmentation import HD95_ONE_EMPTY
 
-__all__ = ["swap_pairs", "swap_summary", "swap_tables"]
+__all__ = [
+    "DASH",
+    "INTERVAL",
+    "Rows",
+    "adjust",
+    "cell",
+    "p_cell",
+    "p_value",
+    "paired",
+    "scores",
+    "swap_pairs",
+    "swap_summary",
+    "swap_tables",
+    "wilcoxon_note",
+]
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -52,25 +66,25 @@ def swap_summary(rows: Rows, *, regions: Sequence[str], paper: Mapping[str, Any]
         if name == REAL:
             line |= {"synthesised": DASH, "by": "all real"}
         line["n"] = sum(row["input"] == name for row in rows)
-        line["n_tumour"] = None if name == REAL else len(_scores(rows, name, "mse_tumour"))
+        line["n_tumour"] = None if name == REAL else len(scores(rows, name, "mse_tumour"))
         for measure, scale in (("dice", 100), ("hd95", 1)):
             for region in regions:
                 key = f"{measure}_{region}"
-                line |= _estimate(key, [scale * value for value in _scores(rows, name, key).values()])
+                line |= _estimate(key, [scale * value for value in scores(rows, name, key).values()])
                 if name != REAL:
-                    pairs = _paired(rows, name, REAL, key)
+                    pairs = paired(rows, name, REAL, key)
                     line |= _estimate(f"{key}_change", [scale * (value - real) for value, real in pairs])
-                line[f"{key}_p"] = None if name == REAL else _p(rows, name, REAL, key)
+                line[f"{key}_p"] = None if name == REAL else p_value(rows, name, REAL, key)
             if printed and measure == "dice":
                 # A repeated method carries a running number; the paper has one row for it.
                 values = printed.get(name.partition("#")[0]) or [None] * len(regions)
                 line |= {f"paper_{region}": value for region, value in zip(regions, values, strict=True)}
         for key in (*(f"{metric}_{where}" for where in PLACES for metric in QUALITY), *UNCERTAINTY):
             if any(key in row for row in rows if row["input"] == name):
-                line |= _estimate(key, list(_scores(rows, name, key).values()))
+                line |= _estimate(key, list(scores(rows, name, key).values()))
         lines.append(line)
     for measure in ("dice", "hd95"):
-        _adjust(lines, [f"{measure}_{region}_p" for region in regions])
+        adjust(lines, [f"{measure}_{region}_p" for region in regions])
     return lines
 
 
@@ -89,7 +103,7 @@ def swap_pairs(rows: Rows) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     for target, names in methods.items():
         for first, other in itertools.combinations(names, 2):
-            pairs = _paired(rows, other, first, "mse_tumour")
+            pairs = paired(rows, other, first, "mse_tumour")
             lines.append(
                 {
                     "synthesised": target,
@@ -97,10 +111,10 @@ def swap_pairs(rows: Rows) -> list[dict[str, Any]]:
                     "minus": first.partition("/")[2],
                     "n": len(pairs),
                     **_estimate("mse_tumour", [a - b for a, b in pairs]),
-                    "mse_tumour_p": _p(rows, other, first, "mse_tumour"),
+                    "mse_tumour_p": p_value(rows, other, first, "mse_tumour"),
                 }
             )
-    _adjust(lines, ["mse_tumour_p"])
+    adjust(lines, ["mse_tumour_p"])
     return lines
 
 
@@ -132,13 +146,13 @@ def swap_tables(
             f"{title}, Dice",
             ["synthesised", "by", *(f"{kind} {region}" for kind in ("Dice", "p") for region in regions)],
             [_overlap(line, "dice", regions) for line in lines],
-            [over, "Dice in %; a region empty in both maps scores 100, in one 0.", _test_note("the real row")],
+            [over, "Dice in %; a region empty in both maps scores 100, in one 0.", wilcoxon_note("the real row")],
         ),
         "change": Table(
             f"{title}, change of Dice",
             ["synthesised", "by", *regions],
             [
-                [line["synthesised"], line["by"], *(_cell(line, f"dice_{region}_change", 1) for region in regions)]
+                [line["synthesised"], line["by"], *(cell(line, f"dice_{region}_change", 1) for region in regions)]
                 for line in lines
                 if line["input"] != REAL
             ],
@@ -152,7 +166,7 @@ def swap_tables(
                 over,
                 "HD95 in mm: the larger of the two directed 95th percentiles; a region empty in both maps scores 0, "
                 f"in one {HD95_ONE_EMPTY}.",
-                _test_note("the real row"),
+                wilcoxon_note("the real row"),
             ],
         ),
         "synthesis": _synthesis(lines, title),
@@ -173,15 +187,15 @@ def swap_tables(
                     line["synthesised"],
                     f"{line['by']} − {line['minus']}",
                     str(line["n"]),
-                    _cell(line, "mse_tumour", 3),
-                    _p_cell(line["mse_tumour_p"]),
+                    cell(line, "mse_tumour", 3),
+                    p_cell(line["mse_tumour_p"]),
                 ]
                 for line in pairs
             ],
             [
                 f"Mean difference over the n subjects with a lesion, paired; {INTERVAL}. "
                 "Above 0 the method behind the minus is nearer to the real sequence.",
-                _test_note("no difference"),
+                wilcoxon_note("no difference"),
             ],
         )
     return tables
@@ -196,10 +210,10 @@ def _synthesis(lines: Sequence[Mapping[str, Any]], title: str) -> Table:
     for line in made:
         for where, n in (("brain", line["n"]), ("tumour", line["n_tumour"])):
             cells = [line["synthesised"], line["by"], where, str(n)]
-            cells += [_cell(line, f"{metric}_{where}", digits) for metric, digits in QUALITY.items()]
+            cells += [cell(line, f"{metric}_{where}", digits) for metric, digits in QUALITY.items()]
             if uncertain:
-                cells += [_cell(line, f"variance_{where}", 4)]
-                cells += [_cell(line, "rank_correlation", 3) if where == "brain" else DASH]
+                cells += [cell(line, f"variance_{where}", 4)]
+                cells += [cell(line, "rank_correlation", 3) if where == "brain" else DASH]
             table.rows.append(cells)
     table.notes = [
         f"Mean over n subjects; {INTERVAL}. Without a lesion a subject has no tumour to measure in.",
@@ -212,46 +226,89 @@ def _synthesis(lines: Sequence[Mapping[str, Any]], title: str) -> Table:
 
 def _overlap(line: Mapping[str, Any], measure: str, regions: Sequence[str]) -> list[str]:
     keys = [f"{measure}_{region}" for region in regions]
-    cells = [line["synthesised"], line["by"], *(_cell(line, key, 1) for key in keys)]
-    return cells + [_p_cell(line[f"{key}_p"]) for key in keys]
+    cells = [line["synthesised"], line["by"], *(cell(line, key, 1) for key in keys)]
+    return cells + [p_cell(line[f"{key}_p"]) for key in keys]
 
 
-def _cell(line: Mapping[str, Any], key: str, digits: int) -> str:
-    """Mean and interval, without the interval where there is none."""
+def cell(line: Mapping[str, Any], key: str, digits: int) -> str:
+    """Mean and interval, without the interval where there is none.
+
+    Args:
+        line: of a summary.
+        key: the mean's; ``_low`` and ``_high`` behind it are the interval's.
+        digits: behind the point.
+
+    Returns:
+        Such as ``0.71 [0.65, 0.76]``; a dash where there is no mean.
+    """
     mean, low, high = (line.get(f"{key}{end}", math.nan) for end in ("", "_low", "_high"))
     if math.isnan(mean):
         return DASH
     return f"{mean:.{digits}f}" + ("" if math.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]")
 
 
-def _p_cell(p: float | None) -> str:
+def p_cell(p: float | None) -> str:
+    """A p-value with three digits; a dash where there was no test."""
     return DASH if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _test_note(against: str) -> str:
+def wilcoxon_note(against: str) -> str:
+    """What stands under a table with p-values.
+
+    Args:
+        against: what the methods were tested against, such as ``the real row``.
+
+    Returns:
+        One line.
+    """
     test = f"p: two-sided Wilcoxon signed-rank test against {against}, paired by subject"
     return f"{test}; Holm-adjusted over all p of this table; {DASH} below {FEWEST} subjects."
 
 
-def _scores(rows: Rows, name: str, key: str) -> dict[str, float]:
-    """By subject; a subject without lesion has no error in it."""
+def scores(rows: Rows, name: str, key: str) -> dict[str, float]:
+    """By subject; a subject without lesion has no error in it.
+
+    Args:
+        rows: one a subject and input set.
+        name: the input set.
+        key: the measure.
+
+    Returns:
+        The values of the subjects that have one; nan counts as none.
+    """
     mine = {row["subject"]: float(row[key]) for row in rows if row["input"] == name and key in row}
     return {subject: value for subject, value in mine.items() if not math.isnan(value)}
 
 
-def _paired(rows: Rows, name: str, reference: str, key: str) -> list[tuple[float, float]]:
-    """The values of the subjects that have both."""
-    values, references = _scores(rows, name, key), _scores(rows, reference, key)
+def paired(rows: Rows, name: str, reference: str, key: str) -> list[tuple[float, float]]:
+    """The values of the subjects that have both.
+
+    Args:
+        rows: see ``scores``.
+        name: an input set.
+        reference: another.
+        key: the measure.
+
+    Returns:
+        One pair a subject: of ``name``, of ``reference``.
+    """
+    values, references = scores(rows, name, key), scores(rows, reference, key)
     return [(value, references[subject]) for subject, value in values.items() if subject in references]
 
 
-def _p(rows: Rows, name: str, reference: str, key: str) -> float | None:
-    pairs = _paired(rows, name, reference, key)
+def p_value(rows: Rows, name: str, reference: str, key: str) -> float | None:
+    """``paired_wilcoxon`` of ``paired``, whose arguments these are."""
+    pairs = paired(rows, name, reference, key)
     return paired_wilcoxon([a for a, _ in pairs], [b for _, b in pairs])
 
 
-def _adjust(lines: Sequence[dict[str, Any]], keys: Sequence[str]) -> None:
-    """Replaces the p-values of these columns, which are one family."""
+def adjust(lines: Sequence[dict[str, Any]], keys: Sequence[str]) -> None:
+    """Replaces the p-values of these columns, which are one family, by Holm's.
+
+    Args:
+        lines: of a summary; changed.
+        keys: of the p-values; every line has them all, None where there was no test.
+    """
     places = [(line, key) for line in lines for key in keys]
     for (line, key), p in zip(places, holm([line[key] for line, key in places]), strict=True):
         line[key] = p

@@ -7,7 +7,16 @@ from monai.metrics import compute_dice, compute_hausdorff_distance
 from scipy import ndimage
 from scipy.spatial import distance
 
-from mrgen.metrics.segmentation import HD95_ONE_EMPTY, dice, hd95, region_dice, region_hd95, region_masks
+from mrgen.metrics.segmentation import (
+    HD95_ONE_EMPTY,
+    dice,
+    hd95,
+    hd95_directed,
+    region_dice,
+    region_hd95,
+    region_hd95_directed,
+    region_masks,
+)
 
 REGIONS = {"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}
 
@@ -113,6 +122,48 @@ def test_hd95_is_what_brute_force_finds(seed, spacing):
     assert expected > 0
 
 
+def by_distance_transform(start, goal, spacing):
+    """The directed 95th percentile: distances to the goal's surface, read off at the start's surface."""
+    surfaces = [mask.numpy() & ~ndimage.binary_erosion(mask.numpy()) for mask in (start, goal)]
+    return np.percentile(ndimage.distance_transform_edt(~surfaces[1], sampling=spacing)[surfaces[0]], 95)
+
+
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (0.5, 1.0, 3.0)])
+@pytest.mark.parametrize("seed", range(3))
+def test_both_directions_are_what_a_distance_transform_finds(seed, spacing):
+    prediction, reference = blobs(seed), blobs(seed + 50, threshold=0.3)
+    there, back = hd95_directed(prediction, reference, spacing)
+    assert there == pytest.approx(by_distance_transform(prediction, reference, spacing), rel=1e-6)
+    assert back == pytest.approx(by_distance_transform(reference, prediction, spacing), rel=1e-6)
+    assert there != back
+    assert hd95(prediction, reference, spacing) == max(there, back)
+    assert hd95_directed(reference, prediction, spacing) == (back, there)
+
+
+def test_the_directions_are_monais():
+    masks = [blobs(seed)[None, None].float() for seed in (0, 51)]
+    settings = {"include_background": True, "percentile": 95, "spacing": (1.0, 2.0, 3.0), "directed": True}
+    expected = tuple(compute_hausdorff_distance(*pair, **settings).item() for pair in (masks, masks[::-1]))
+    assert hd95_directed(blobs(0), blobs(51), (1, 2, 3)) == expected
+
+
+def test_the_directions_by_hand():
+    prediction, reference = torch.zeros(2, 30, 5, 5, dtype=torch.bool)
+    prediction[4, 2, 2], reference[5:25, 2, 2] = True, True
+    # The prediction's one voxel has a neighbour in the reference; the reference's 20 lie 1 to 20 away.
+    there, back = hd95_directed(prediction, reference, (1, 1, 1))
+    assert (there, back) == pytest.approx((1, 19.05))
+    assert (there + back) / 2 == pytest.approx(10.025)  # Plastimatch's, as paper 5 prints
+
+
+def test_the_directions_of_empty_regions_keep_the_rule_in_maximum_and_mean():
+    empty = torch.zeros(4, 4, 4, dtype=torch.bool)
+    some = empty.clone()
+    some[1, 1, 1] = True
+    assert hd95_directed(empty, empty, (1, 1, 1)) == (0, 0)
+    assert hd95_directed(some, empty, (1, 1, 1)) == hd95_directed(empty, some, (1, 1, 1)) == (HD95_ONE_EMPTY,) * 2
+
+
 def test_hd95_by_hand():
     line = torch.zeros(30, 5, 5, dtype=torch.bool)
     prediction, reference = line.clone(), line.clone()
@@ -179,6 +230,16 @@ def test_region_hd95_is_the_hd95_of_each_region():
     assert region_hd95(predicted, reference, REGIONS, spacing) == found
     only = region_hd95(torch.full((3, 3, 3), 2), torch.full((3, 3, 3), 2), REGIONS, spacing)
     assert only == {"WT": 0, "TC": 0, "ET": 0}
+
+
+def test_the_directions_of_each_region():
+    predicted, reference = labels(0), labels(1)
+    reference[2] = 255
+    spacing, ignore = (1.0, 2.0, 0.5), reference == 255
+    found = region_hd95_directed(predicted, reference, REGIONS, spacing)
+    masks = region_masks(predicted, REGIONS), region_masks(reference, REGIONS)
+    assert found == {name: hd95_directed(masks[0][name], masks[1][name], spacing, ignore) for name in REGIONS}
+    assert region_hd95(predicted, reference, REGIONS, spacing) == {name: max(pair) for name, pair in found.items()}
 
 
 def test_hd95_says_nothing_of_its_library(recwarn):
