@@ -14,12 +14,10 @@ def task(conf: DictConfig) -> None:
 
     if conf.evaluation is None:
         raise UserError("nothing says what to judge; choose a preset, such as experiment=rsnet/swap")
-    if conf.evaluation.kind != "swap":
-        raise UserError(f"evaluation.kind is {conf.evaluation.kind}; expected swap")
-    from mrgen.launch.evaluating import evaluate_swap
+    from mrgen.launch.evaluating import evaluate
 
     out_dir = Path(HydraConfig.get().runtime.output_dir)
-    print(f"results: {evaluate_swap(conf, out_dir)}")
+    print(f"results: {evaluate(conf, out_dir)}")
 
 
 def main() -> None:

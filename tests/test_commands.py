@@ -1,4 +1,4 @@
-"""Every command that README.md and ``--help`` show is one that the software knows."""
+"""Every command that README.md, docs/ and ``--help`` show is one that the software knows."""
 
 import re
 import shlex
@@ -76,6 +76,7 @@ def check(command: str) -> list[DictConfig]:
 
 
 README = list(commands((ROOT / "README.md").read_text(encoding="utf-8")))
+PAGES = [command for page in sorted((ROOT / "docs").glob("*.md")) for command in commands(page.read_text("utf-8"))]
 EXAMPLES = list(help_examples())
 
 
@@ -83,9 +84,10 @@ def test_there_is_something_to_check():
     assert "make demo" in README
     assert {shlex.split(command)[0] for command in README} >= {"mrgen-prepare", "mrgen-train", "mrgen-evaluate"}
     assert len(EXAMPLES) >= 6
+    assert any("t1_to_t2/pix2pix_grid" in command for command in PAGES)
 
 
-@pytest.mark.parametrize("command", dict.fromkeys([*README, *EXAMPLES]))
+@pytest.mark.parametrize("command", dict.fromkeys([*README, *PAGES, *EXAMPLES]))
 def test_every_command_is_known(command: str):
     for conf in check(command):
         if "model" in conf and not OmegaConf.is_missing(conf.data, "layout") and not isinstance(conf.data.layout, str):

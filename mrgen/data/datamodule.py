@@ -7,10 +7,11 @@ from typing import Any
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from mrgen.data.crops import BrainBox, Crop
+from mrgen.data.crops import BrainBox, Crop, WholeVolume
 from mrgen.data.dataset import CropDataset
 from mrgen.data.normalisation import Normalisation
 from mrgen.data.sampler import EvaluationSampler, TrainingSampler
+from mrgen.data.slices import AxialSlice
 from mrgen.data.splits import make_split
 from mrgen.data.store import Store, StoredSubject
 from mrgen.errors import UserError
@@ -36,6 +37,8 @@ class CohortDataModule(LightningDataModule):
         workers: loader processes. 0 loads in the training process: a whole brain of four sequences at 1 mm
             takes about 0.15 s on one core.
         seed: of the order, the crops and the augmentation.
+        labelled: only labelled subjects. False takes the others as well, without a lesion: for methods that make one
+            sequence from another.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class CohortDataModule(LightningDataModule):
         augmentation: Sequence[Any] | None = None,
         workers: int = 0,
         seed: int = 0,
+        labelled: bool = True,
     ):
         super().__init__()
         self.store = Store(store)
@@ -67,13 +71,14 @@ class CohortDataModule(LightningDataModule):
             raise UserError(f"data.labels={labels}: {layout.title} names classes for {', '.join(layout.classes)} alone")
         self.classes: Sequence[str] = layout.classes[labels]
 
-        labelled = {id: s for id, s in self.store.subjects.items() if s.label_counts is not None}
-        if not labelled:
+        subjects = {id: s for id, s in self.store.subjects.items() if s.labelled or not labelled}
+        if not subjects:
             raise UserError(
-                f"{self.store.path}: none of {len(self.store.subjects)} subjects has a label; training needs them"
+                f"{self.store.path}: none of {len(self.store.subjects)} subjects has a label, which training needs; "
+                "data.labelled=false takes subjects without one, for methods that need none"
             )
-        self.split = make_split(list(labelled.values()), split)
-        self.split.check(labelled)
+        self.split = make_split(list(subjects.values()), split)
+        self.split.check(subjects)
         if not self.split.train:
             raise UserError("data.split leaves no subject for training")
 
@@ -83,8 +88,11 @@ class CohortDataModule(LightningDataModule):
         if steps_per_epoch is not None and steps_per_epoch < 1:
             raise UserError(f"data.steps_per_epoch is {steps_per_epoch}; expected a whole number from 1 on, or null")
         self.normalisation, self.sampling = normalisation, sampling
-        self.whole = sampling if isinstance(sampling, BrainBox) else BrainBox(divisor=sampling.divisor)
-        self.whole.fit(labelled.values())
+        box = sampling if isinstance(sampling, BrainBox) else BrainBox(divisor=sampling.divisor)
+        box.fit(subjects.values())
+        if isinstance(sampling, AxialSlice):
+            sampling.fit(subjects.values())
+        self.whole: BrainBox | WholeVolume = box  # what testing sees
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
         self.steps_per_epoch = steps_per_epoch
         self.augmentation = list(augmentation or [])
@@ -101,7 +109,8 @@ class CohortDataModule(LightningDataModule):
         assert self.whole.size is not None
         voxels = self.whole.size[0] * self.whole.size[1] * self.whole.size[2]
         for subject in self._subjects(self.split.train):
-            assert subject.label_counts is not None
+            if subject.label_counts is None:
+                raise UserError(f"{subject.id} has no label, which this method needs; set data.labelled=true")
             background = voxels
             for number, count in subject.label_counts.items():
                 mapped = int(self.lookup[number])
@@ -111,6 +120,10 @@ class CohortDataModule(LightningDataModule):
                     counts[mapped] += count
             counts[0] += max(background, 0)
         return counts
+
+    def training_subjects(self) -> list[StoredSubject]:
+        """For estimators, which read whole volumes themselves."""
+        return self._subjects(self.split.train)
 
     def intensity_scale(self, modality: str) -> tuple[float, float]:
         """(offset, factor) from normalised values of a sequence to intensities, averaged over training subjects."""

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from mrgen.launch.app import register_resolvers
-from mrgen.launch.evaluating import evaluate_swap
+from mrgen.launch.evaluating import evaluate
 from mrgen.launch.paths import CONF_DIR
 from mrgen.launch.preparing import prepare
 from mrgen.launch.training import train
@@ -71,7 +71,7 @@ def demo(folder: Path, *, spacing: float = 3.0, subjects: int = 20, epochs: int 
     step("swap")
     swap = [f"segmenter='{runs[0]}'", "runs=[" + ",".join(f"'{run}'" for run in runs[1:]) + "]", "smoke=true"]
     out_dir = folder / "swap"
-    evaluate_swap(composed("evaluate", "experiment=rsnet/swap", *swap), out_dir)
+    evaluate(composed("evaluate", "experiment=rsnet/swap", *swap), out_dir)
     step("done")
     return out_dir
 

@@ -1,35 +1,41 @@
 """From run folders to a judgement: what ``mrgen-evaluate`` does."""
 
 import dataclasses
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 
+from mrgen.data.crops import BrainBox, WholeVolume
 from mrgen.data.datamodule import CohortDataModule
+from mrgen.data.normalisation import Normalisation
+from mrgen.data.store import Store
 from mrgen.errors import UserError
-from mrgen.evaluation.figures import calibration_figure, swap_figure, synthesis_figure
-from mrgen.evaluation.inference import WholeSegmenter, WholeSynthesizer
-from mrgen.evaluation.swap import Swap
-from mrgen.evaluation.swap_tables import swap_pairs, swap_summary, swap_tables
-from mrgen.evaluation.table import write_rows
-from mrgen.launch.instantiate import plain
+from mrgen.evaluation.inference import WholeSegmenter
+from mrgen.evaluation.swap import REAL, Swap
+from mrgen.launch.instantiate import instantiate_mrgen
+from mrgen.launch.reporting import KINDS, Judged, report
 from mrgen.launch.runs import Run, load_run
+from mrgen.launch.status import read_status
 from mrgen.launch.training import build_datamodule, build_trainer, checked_seed
 from mrgen.protocols import Segmenter, Synthesizer
 
-__all__ = ["evaluate_swap"]
+__all__ = ["evaluate"]
+
+STORED = {"_target_": "mrgen.data.normalisation.Stored"}
 
 
-def evaluate_swap(conf: DictConfig, out_dir: Path) -> Path:
-    """The swap of ``experiment=rsnet/swap``.
+def evaluate(conf: DictConfig, out_dir: Path) -> Path:
+    """The judgement of ``experiment=rsnet/swap`` and its like.
+
+    With a segmenter all runs are judged on a part of its split. Without one each is judged on that part of its own,
+    so that the runs of a cross-validation come together in one table.
 
     Args:
         conf: composed config of ``conf/evaluate.yaml``.
-        out_dir: folder for what ``_write`` writes.
+        out_dir: folder for what ``mrgen.launch.reporting.report`` writes.
 
     Returns:
         ``out_dir``.
@@ -37,161 +43,201 @@ def evaluate_swap(conf: DictConfig, out_dir: Path) -> Path:
     Raises:
         UserError: runs that do not fit together, or an evaluated subject that one of them was trained on.
     """
-    if not conf.runs:
-        raise UserError("runs is empty; give the folders of the runs to judge: runs=[RUN,RUN]")
-    if not OmegaConf.is_list(conf.runs):
-        raise UserError(f"runs is {conf.runs}; expected a list: runs=[{conf.runs}]")
+    if conf.evaluation.kind not in KINDS:
+        raise UserError(f"evaluation.kind is {conf.evaluation.kind}; expected {', '.join(KINDS)}")
     seed = checked_seed(conf.seed)
+    segmenter = _segmenter(conf)
+    runs = _runs(conf)
+    for run in runs:
+        if hasattr(run.model, "mc_samples"):  # the others have no samples to draw
+            run.draw_samples(mc_samples=conf.mc_samples, mc_batch=conf.mc_batch)
+    judged = Judged()
+    for group in [runs] if segmenter or conf.subjects == "all" else _by_subjects(conf, runs):
+        names = _named(group, segmenter)
+        datamodule = _datamodule(conf, segmenter, group)
+        judged.notes += _notes(conf, datamodule, segmenter, group, names)
+        pl.seed_everything(seed, verbose=False)
+        swap = _swap(datamodule, segmenter, dict(zip(names, group, strict=True)), seed)
+        trainer = build_trainer(conf.trainer, out_dir, callbacks=[], loggers=[])
+        if len(datamodule.split.test) < trainer.world_size:
+            raise UserError(
+                f"{len(datamodule.split.test)} subjects for {trainer.world_size} devices; lower trainer.devices"
+            )
+        trainer.test(swap, datamodule=datamodule, verbose=False)
+        judged.add(swap, datamodule.classes, dict(zip(names, group, strict=True)))
+    if trainer.is_global_zero:
+        report(judged, conf, out_dir)
+    return out_dir
+
+
+def _segmenter(conf: DictConfig) -> Run | None:
+    if conf.segmenter is None:
+        if conf.evaluation.kind == "swap":
+            raise UserError("segmenter is not set; give the folder of its run: segmenter=RUN")
+        return None
     segmenter = load_run(conf.segmenter)
     if not isinstance(segmenter.model, Segmenter) or isinstance(segmenter.model, Synthesizer):
         raise UserError(
             f"segmenter={conf.segmenter} is a {type(segmenter.model).__name__}; expected a segmenter such as S-Net"
         )
-    runs = [load_run(path) for path in conf.runs]
+    return segmenter
+
+
+def _runs(conf: DictConfig) -> list[Run]:
+    if conf.runs is None or not OmegaConf.is_list(conf.runs):
+        raise UserError(f"runs is {conf.runs}; expected a list: runs=[{conf.runs}]")
+    folders = [*conf.runs, *(_of_sweep(Path(str(conf.sweep)).expanduser()) if conf.sweep is not None else [])]
+    if not folders:
+        raise UserError("runs is empty; give the folders of the runs to judge: runs=[RUN,RUN], or sweep=FOLDER")
+    runs = [load_run(path) for path in folders]
     if len({run.checkpoint.resolve() for run in runs}) < len(runs):
         raise UserError("runs names a run twice; give every run once")
-    for run in runs:
-        if hasattr(run.model, "mc_samples"):  # the others have no samples to draw
-            run.draw_samples(mc_samples=conf.mc_samples, mc_batch=conf.mc_batch)
-    synthesizers = _named(runs, segmenter)
-    datamodule = _datamodule(conf, segmenter, runs)
-    ids = datamodule.split.test
-    notes = [f"Subjects: the {conf.subjects} part of the segmenter's split, {datamodule.store.path.name}."]
-    notes += [
-        f"all real: {_named_file(segmenter)}",
-        *(f"{name}: {_named_file(run)}" for name, run in zip(synthesizers, runs, strict=True)),
-    ]
-    box = list(datamodule.whole.size or ())
-    notes += [
-        f"{run.path.name}: trained in a box of {run.description['data']['box']} voxels, judged in one of {box}."
-        for run in [segmenter, *runs]
-        if not run.tile and run.description["data"]["box"] != box
-    ]
-    notes += _check_leaks(datamodule, [segmenter, *runs], ids)
+    return runs
 
-    pl.seed_everything(seed, verbose=False)
-    swap = Swap(
-        segmenter=WholeSegmenter(segmenter.model, segmenter.tile),
-        synthesizers=synthesizers,
+
+def _of_sweep(folder: Path) -> list[Path]:
+    """The finished runs of a sweep, in the order of their jobs; of the others it says what became of them."""
+    states = {path.parent: read_status(path.parent)["state"] for path in folder.glob("*/status.json")}
+    finished = [path for path, state in states.items() if state == "finished"]
+    if not finished:
+        raise UserError(f"sweep={folder}: no finished run there; expected the folder of mrgen-train -m")
+    for path, state in states.items():
+        if state != "finished":
+            print(f"{path}: {state}, left out")
+    return sorted(finished, key=lambda path: (len(path.name), path.name))
+
+
+def _by_subjects(conf: DictConfig, runs: list[Run]) -> list[list[Run]]:
+    """Runs that are judged on the same subjects, in the order given."""
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault(_part(conf, run), []).append(run)
+    return list(groups.values())
+
+
+def _part(conf: DictConfig, run: Run) -> tuple[str, ...]:
+    """The subjects of ``conf.subjects`` in a run's split."""
+    ids = {"test": run.split.test, "val": run.split.val}.get(conf.subjects)
+    if ids is None:
+        raise UserError(f"subjects is {conf.subjects}; expected test, val or all")
+    if not ids:
+        other = "val" if conf.subjects == "test" else "test"
+        raise UserError(
+            f"{run.path}: its split has no {conf.subjects} subjects; choose subjects={other}, "
+            f"or train with data.split.{conf.subjects} above 0"
+        )
+    return ids
+
+
+def _swap(datamodule: CohortDataModule, segmenter: Run | None, runs: Mapping[str, Run], seed: int) -> Swap:
+    """The judgement of one group of runs; every method sees the subjects in the normalisation of its training."""
+    made: dict[str, Normalisation] = {}  # by their settings: what two methods share is computed once
+
+    def normalisation(run: Run) -> Normalisation:
+        settings = run.description["data"]["normalisation"]
+        return made.setdefault(str(sorted(settings.items())), instantiate_mrgen(settings))
+
+    judges = {} if segmenter is None else {REAL: segmenter}
+    return Swap(
+        segmenter=None if segmenter is None else WholeSegmenter(segmenter.model, segmenter.tile),
+        synthesizers={name: run.synthesizer() for name, run in runs.items()},
         modalities=datamodule.modalities,
         regions=datamodule.store.layout.regions,
+        normalisations={name: normalisation(run) for name, run in {**judges, **runs}.items()},
+        subjects=datamodule.store.subjects,
+        box=_box(datamodule, segmenter),
         pictured=_pictured(datamodule),
         seed=seed,
     )
-    trainer = build_trainer(conf.trainer, out_dir, callbacks=[], loggers=[])
-    if len(ids) < trainer.world_size:
-        raise UserError(f"{len(ids)} subjects for {trainer.world_size} devices; lower trainer.devices")
-    trainer.test(swap, datamodule=datamodule, verbose=False)
+
+
+def _box(datamodule: CohortDataModule, segmenter: Run | None) -> Sequence[int]:
+    """What networks see: the box in which the segmenter was trained to see brains, or the smallest that fits all."""
+    crop = {"size": segmenter.description["data"]["box"]} if segmenter and segmenter.sees_box else {}
+    box = BrainBox(**crop, divisor=1)
+    box.fit(datamodule.store.subjects[id] for id in datamodule.split.test)
+    assert box.size is not None
+    return box.size
+
+
+def _named(runs: list[Run], segmenter: Run | None) -> list[str]:
+    """Row names ``target/method``. Raises UserError for a run that cannot be judged."""
+    names: list[str] = []
+    for run in runs:
+        if not isinstance(run.model, Synthesizer):
+            raise UserError(f"{run.path} is a {type(run.model).__name__}, which synthesises nothing")
+        target = run.model.targets[0]
+        if segmenter is not None:
+            have = segmenter.description["data"]["modalities"]
+            if target not in cast(Segmenter, segmenter.model).sources or not {*run.model.sources, target} <= set(have):
+                raise UserError(
+                    f"{run.path} makes {target} from {', '.join(run.model.sources)}; the segmenter was trained on "
+                    f"{', '.join(have)}"
+                )
+        run.check_scale()
+        method = str(run.conf.name).removesuffix(f"-{target}")
+        name, count = f"{target}/{method}", 2
+        while name in names:  # several seeds of one method
+            name, count = f"{target}/{method}#{count}", count + 1
+        names.append(name)
+    return names
+
+
+def _datamodule(conf: DictConfig, segmenter: Run | None, runs: list[Run]) -> CohortDataModule:
+    """Whole volumes of the evaluated subjects in stored intensities."""
+    first = segmenter or runs[0]
+    modalities = first.description["data"]["modalities"]
+    if segmenter is None:  # another store may lack what nobody needs
+        needed = {name for run in runs for name in (*run.model.sources, run.model.targets[0])}
+        modalities = [*(name for name in modalities if name in needed), *sorted(needed - set(modalities))]
+    changes: dict[str, Any] = {
+        "modalities": modalities,
+        "sampling": {"_target_": "mrgen.data.crops.BrainBox", "divisor": 1},
+        "split": {"kind": "file", "file": str(first.path / "split.json")},
+        "normalisation": STORED,
+        "augmentation": [],
+        "labelled": False,
+    }
+    if conf.store:
+        changes["store"] = conf.store
+    if conf.subjects == "all":
+        ids = tuple(Store(conf.store or first.conf.data.store).subjects)
+        changes["split"] = {"kind": "explicit", "train": list(ids), "val": [], "test": []}
+    else:
+        ids = _part(conf, first)
+    datamodule = build_datamodule(first.conf.data, **changes)
+    datamodule.split = dataclasses.replace(datamodule.split, train=(), val=(), test=ids)
+    datamodule.whole = WholeVolume()
+    return datamodule
+
+
+def _notes(
+    conf: DictConfig, datamodule: CohortDataModule, segmenter: Run | None, runs: list[Run], names: list[str]
+) -> list[str]:
+    """What a reader of the table must know."""
+    whose = f"the {conf.subjects} part of " + ("the segmenter's split" if segmenter else "the runs' own splits")
+    whose = f"all {len(datamodule.split.test)} of the store" if conf.subjects == "all" else whose
+    notes = [f"Subjects: {whose}, {datamodule.store.path.name}."]
+    notes += [f"all real: {_named_file(segmenter)}"] if segmenter else []
+    notes += [f"{name}: {_named_file(run)}" for name, run in zip(names, runs, strict=True)]
+    everyone = [*([segmenter] if segmenter else []), *runs]
+    box = list(_box(datamodule, segmenter))
     notes += [
-        f"{name}: in tiles, because memory was short; one pass would give other numbers."
-        for name, method in {"the segmenter": swap.segmenter, **synthesizers}.items()
-        if method.tiled
+        f"{run.path.name}: trained in a box of {run.description['data']['box']} voxels, judged in one of {box}."
+        for run in everyone
+        if run.sees_box and run.description["data"]["box"] != box
     ]
-    if trainer.is_global_zero:
-        _write(swap, conf, datamodule.store.layout.regions, notes, out_dir)
-    return out_dir
-
-
-def _write(swap: Swap, conf: DictConfig, known: Mapping[str, Any], notes: list[str], out_dir: Path) -> None:
-    """Tables and figures of a finished swap; the tables also on the console.
-
-    Args:
-        swap: after its test.
-        conf: see ``evaluate_swap``.
-        known: the cohort's regions.
-        notes: below the first table.
-        out_dir: gets ``table.md`` (all tables), ``table.csv`` (their numbers, one line an input set), ``pairs.csv``
-            (where two methods make one target), ``subjects.csv`` and ``figure.png``; where a synthesis has a variance
-            also ``calibration.csv``, ``uncertainty.png`` and one ``synthesis-METHOD.png`` a method.
-    """
-    title = "SMOKE RUN, not a result: swap" if conf.smoke else "Swap"
-    comparable = all(name in known for name in conf.evaluation.regions)  # the cohort has the paper's columns
-    regions = plain(conf.evaluation.regions) if comparable else list(known)
-    paper = plain(conf.evaluation.paper) if comparable else None
-    summary, pairs = swap_summary(swap.rows, regions=regions, paper=paper), swap_pairs(swap.rows)
-    tables = swap_tables(swap.rows, regions=regions, title=title, paper=paper, notes=notes)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(plain(conf)), out_dir / "config.yaml")
-    files = {"subjects": swap.rows, "table": summary, "pairs": pairs, "calibration": swap.calibration}
-    for name, rows in files.items():
-        if rows:
-            write_rows(out_dir / f"{name}.csv", rows)
-    (out_dir / "table.md").write_text("\n".join(table.markdown() for table in tables.values()), encoding="utf-8")
-
-    pictured = f"{title}, {swap.pictured}"
-    swap_figure(swap.slices, out_dir / "figure.png", title=pictured)
-    uncertain = [name.partition("/")[2] for name, kept in swap.slices.items() if "variance" in kept]
-    for method in dict.fromkeys(uncertain):
-        path = out_dir / f"synthesis-{method.replace('/', '-')}.png"
-        synthesis_figure(swap.slices, path, title=f"{pictured}, {method}", method=method)
-    if swap.calibration:
-        correlations = {line["input"]: line["rank_correlation"] for line in summary if "rank_correlation" in line}
-        calibration_figure(
-            swap.calibration, swap.slices, correlations, out_dir / "uncertainty.png", title=f"{title}, uncertainty"
-        )
-    for table in tables.values():
-        table.show()
+    if segmenter:
+        scale = instantiate_mrgen(segmenter.description["data"]["normalisation"]).scale
+        other = [name for name, run in zip(names, runs, strict=True) if run.model.scale != scale]
+        if other:
+            notes.append(f"Normalised anew, by their own statistics, for the segmenter ({scale}): {', '.join(other)}.")
+    return notes + _check_leaks(datamodule, everyone, datamodule.split.test)
 
 
 def _named_file(run: Run) -> Path:
     """The checkpoint as a table names it: by the run, not by where the runs lie on this machine."""
     return Path(*run.checkpoint.parts[-4:])
-
-
-def _named(runs: list[Run], segmenter: Run) -> dict[str, Any]:
-    """Row names ``target/method`` of the runs, the scale of each checked against the segmenter's."""
-    named: dict[str, Any] = {}
-    sources = cast(Segmenter, segmenter.model).sources
-    scale = segmenter.description["data"]["normalisation"]
-    for run in runs:
-        if not isinstance(run.model, Synthesizer):
-            raise UserError(f"{run.path} is a {type(run.model).__name__}, which synthesises nothing")
-        target = run.model.targets[0]
-        needed = {*run.model.sources, target}
-        if target not in sources or not needed <= set(segmenter.description["data"]["modalities"]):
-            have = ", ".join(segmenter.description["data"]["modalities"])
-            raise UserError(
-                f"{run.path} makes {target} from {', '.join(run.model.sources)}; the segmenter was trained on {have}"
-            )
-        if run.description["data"]["normalisation"] != scale:
-            raise UserError(
-                f"{run.path} was trained with {run.description['data']['normalisation']}, the segmenter with {scale}; "
-                "a swap needs both on one scale"
-            )
-        run.check_scale()
-        method = str(run.conf.name).removesuffix(f"-{target}")
-        name, count = f"{target}/{method}", 2
-        while name in named:  # several seeds of one method
-            name, count = f"{target}/{method}#{count}", count + 1
-        named[name] = WholeSynthesizer(run.model, run.tile)
-    return named
-
-
-def _datamodule(conf: DictConfig, segmenter: Run, runs: list[Run]) -> CohortDataModule:
-    """Whole brains of the evaluated subjects, in the box in which the segmenter was trained to see them."""
-    ids = {"test": segmenter.split.test, "val": segmenter.split.val}.get(conf.subjects)
-    if ids is None:
-        raise UserError(f"subjects is {conf.subjects}; expected test or val")
-    if not ids:
-        other = "val" if conf.subjects == "test" else "test"
-        raise UserError(
-            f"{segmenter.path}: its split has no {conf.subjects} subjects; "
-            f"choose subjects={other}, or train with data.split.{conf.subjects} above 0"
-        )
-    divisor = math.lcm(*(int(getattr(run.model, "divisor", 1)) for run in [segmenter, *runs]))
-    box = None
-    if not segmenter.tile:  # rounded up where a synthesizer of more levels asks for it
-        box = [-(-n // divisor) * divisor for n in segmenter.description["data"]["box"]]
-    changes: dict[str, Any] = {
-        "sampling": {"_target_": "mrgen.data.crops.BrainBox", "size": box, "divisor": divisor},
-        "split": {"kind": "file", "file": str(segmenter.path / "split.json")},
-        "augmentation": [],
-    }
-    if conf.store:
-        changes["store"] = conf.store
-    datamodule = build_datamodule(segmenter.conf.data, **changes)
-    datamodule.split = dataclasses.replace(datamodule.split, test=ids, val=())
-    return datamodule
 
 
 def _check_leaks(datamodule: CohortDataModule, runs: list[Run], ids: tuple[str, ...]) -> list[str]:

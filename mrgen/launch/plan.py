@@ -15,6 +15,7 @@ from mrgen.errors import UserError
 from mrgen.launch.instantiate import instantiate, plain
 from mrgen.launch.training import build_datamodule, choose_precision, fill_from_store
 from mrgen.nets.blocks import ConvBlock3d
+from mrgen.papers.brain_clustering.estimator import Estimator
 
 __all__ = ["plan", "show"]
 
@@ -42,18 +43,21 @@ def plan(conf: DictConfig) -> dict[str, Any]:
         ``parameters``, ``crop`` (voxels), ``memory_gib`` of one step, ``steps_per_epoch``, ``epochs``, ``steps``,
         ``teraflop_per_step`` and ``hours`` (None where the store is missing).
     """
+    full = FULL_SIZE[:2] if conf.data.sampling._target_.endswith(".AxialSlice") else FULL_SIZE
     try:
         fill_from_store(conf)
         datamodule = build_datamodule(conf.data)
-        crop = datamodule.sampling.size or FULL_SIZE
+        crop = datamodule.sampling.size or full
         steps: int | None = datamodule.train_steps(_devices(conf.trainer.devices))
     except UserError as error:
         if "mrgen-prepare" not in str(error):  # anything but a store that is not there yet
             raise
-        crop, steps = plain(conf.data.sampling).get("size") or FULL_SIZE, conf.data.steps_per_epoch
+        crop, steps = plain(conf.data.sampling).get("size") or full, conf.data.steps_per_epoch
         _fill_from_layout(conf)
     precision = choose_precision(conf.trainer.precision, conf.trainer.accelerator)
     model = instantiate(conf.model)
+    if isinstance(model, Estimator):
+        raise UserError(f"{conf.name} has no network and takes seconds a subject; there is nothing to plan")
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     model.to("meta")
 

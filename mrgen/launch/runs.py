@@ -1,19 +1,25 @@
 """Finished runs, read back: the model as it was trained, its data config and its split."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning import LightningModule
+from torch import nn
 
 from mrgen.callbacks.provenance import KEY
 from mrgen.data.splits import Split
 from mrgen.errors import UserError
+from mrgen.evaluation.inference import WholeSynthesizer
+from mrgen.launch.fitting import DESCRIPTION, ESTIMATOR
 from mrgen.launch.instantiate import instantiate_mrgen, plain
 from mrgen.launch.status import read_status
 from mrgen.launch.training import channels_last
+from mrgen.protocols import Synthesizer
 
 __all__ = ["Run", "load_run"]
 
@@ -24,8 +30,8 @@ class Run:
 
     Attributes:
         path: the folder.
-        checkpoint: the file that was loaded.
-        model: the trained module, in eval mode, its parameters frozen.
+        checkpoint: the file that was loaded; of an estimator the table of its artefact.
+        model: the trained module, in eval mode, its parameters frozen; or a fitted estimator.
         description: what the checkpoint says of model and data.
         conf: the resolved config.
         split: who was trained on.
@@ -33,16 +39,46 @@ class Run:
 
     path: Path
     checkpoint: Path
-    model: LightningModule
+    model: Any
     description: dict[str, Any]
     conf: DictConfig
     split: Split
 
     @property
+    def _sampling(self) -> str:
+        """What the network was trained to see, where its answer depends on that.
+
+        It does not where it answers the same in patches (a ``reach``, and no norms over the sample), where the method
+        tests on whole brains whatever it saw, and without a network.
+        """
+        free = getattr(self.model, "sees_whole", False) or getattr(self.model, "reach", None) is not None
+        return "" if free or not isinstance(self.model, nn.Module) else str(self.conf.data.sampling._target_)
+
+    @property
     def tile(self) -> list[int] | None:
-        """Voxels along x, y, z of the patches that the run was trained on, None where it saw whole brains."""
-        sampling = plain(self.conf.data.sampling)
-        return sampling["size"] if sampling["_target_"] == "mrgen.data.crops.RandomPatch" else None
+        """Voxels along x, y, z of the patches that the network is to see, 0 for a whole axis; None for whole brains."""
+        if self._sampling.endswith(".AxialSlice"):
+            return [0, 0, 1]
+        return plain(self.conf.data.sampling.size) if self._sampling.endswith(".RandomPatch") else None
+
+    @property
+    def sees_box(self) -> bool:
+        """Whether the network should see brains in the box of its training."""
+        return self._sampling.endswith(".BrainBox")
+
+    def synthesizer(self) -> Synthesizer:
+        """The model as it is given whole volumes: networks see what they were trained to see, estimators the volume."""
+        network = isinstance(self.model, nn.Module)
+        return WholeSynthesizer(self.model, self.tile) if network else self.model
+
+    def digest(self) -> str:
+        """SHA-256 of the checkpoint, or of all files of an estimator's artefact."""
+        files = [self.checkpoint] if isinstance(self.model, nn.Module) else sorted(self.checkpoint.parent.iterdir())
+        digest = hashlib.sha256()
+        for path in files:
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
 
     def check_scale(self) -> None:
         """Raises UserError where a synthesis is on another scale than the run's data.
@@ -82,21 +118,22 @@ def load_run(path: str | Path) -> Run:
     """Loads a run.
 
     Args:
-        path: a run folder (its best checkpoint is taken, or the last where the run had no validation) or a checkpoint
-            file inside one.
+        path: a run folder (its best checkpoint is taken, or the last where the run had no validation; or its
+            estimator), or one of these files inside one.
 
     Raises:
         UserError: nothing there, a run that never saved, or a file that is no checkpoint of mrgen.
     """
     path = Path(str(path)).expanduser().absolute()  # Hydra reads a folder called 7 as a number
     if path.is_dir():
-        folder, candidates = path, [path / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
+        folder = path
+        candidates = [path / "checkpoints" / "best.ckpt", path / "checkpoints" / "last.ckpt", path / ESTIMATOR]
         checkpoint = next((file for file in candidates if file.is_file()), None)
         if checkpoint is None:
             status = read_status(path)
             reason = f": {status['reason']}" if "reason" in status else ""
             said = f"its status is {status['state']}{reason}" if status else "it is no run folder"
-            raise UserError(f"{path}: no checkpoints/best.ckpt or last.ckpt; {said}")
+            raise UserError(f"{path}: no checkpoints/best.ckpt or last.ckpt and no {ESTIMATOR}; {said}")
     elif path.is_file():
         checkpoint, folder = path, path.parents[1]
     else:
@@ -106,6 +143,13 @@ def load_run(path: str | Path) -> Run:
             raise UserError(
                 f"{folder}: no {needed}; expected the folder that mrgen-train wrote around {checkpoint.name}"
             )
+    model, description = (_load_estimator if checkpoint.name == ESTIMATOR.name else _load_network)(checkpoint, folder)
+    conf = OmegaConf.load(folder / "config.yaml")
+    assert isinstance(conf, DictConfig)
+    return Run(folder, checkpoint, model, description, conf, Split.load(folder / "split.json"))
+
+
+def _load_network(checkpoint: Path, folder: Path) -> tuple[Any, dict[str, Any]]:
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
         description, weights = content[KEY], content["state_dict"]
@@ -118,6 +162,17 @@ def load_run(path: str | Path) -> Run:
     except RuntimeError as error:  # of another version of the network
         raise UserError(f"{checkpoint}: its weights do not fit the model that it describes ({error})") from error
     channels_last(model).eval().requires_grad_(False)
-    conf = OmegaConf.load(folder / "config.yaml")
-    assert isinstance(conf, DictConfig)
-    return Run(folder, checkpoint, model, description, conf, Split.load(folder / "split.json"))
+    return model, description
+
+
+def _load_estimator(artefact: Path, folder: Path) -> tuple[Any, dict[str, Any]]:
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        built, _ = description["model"], description["data"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / DESCRIPTION}: cannot be read ({error}); expected what mrgen-train wrote beside {artefact}"
+        ) from error
+    instantiate_mrgen(built)  # refuses whatever is not ours
+    estimator: Any = get_class(built["_target_"])
+    return estimator.load(artefact.parent), description

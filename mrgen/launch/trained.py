@@ -1,6 +1,5 @@
 """A trained synthesizer, as its checkpoint describes it: from a subject's scans to the bytes of its files."""
 
-import hashlib
 import zlib
 from dataclasses import dataclass
 from typing import Any
@@ -83,15 +82,15 @@ class TrainedSynthesizer:
         self._trained_box, self._divisor = data["box"], int(getattr(model, "divisor", 1))
         self._mc_samples, self._seed = getattr(model, "mc_samples", None), checked_seed(conf.seed)
         self._checkpoint = run.checkpoint
-        with open(run.checkpoint, "rb") as file:
-            self._digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self._digest = run.digest()
 
         self._device = _device(conf.device)
         self._asked_precision, self._precision = conf.precision, choose_precision(conf.precision, self._device.type)
         if self._precision not in ("bf16-mixed", "32-true"):
             raise UserError(f"precision is {conf.precision}; expected auto, bf16-mixed or 32-true")
-        run.model.to(self._device)
-        self._whole = WholeSynthesizer(model, run.tile)
+        self._model = run.synthesizer()
+        if isinstance(self._model, WholeSynthesizer):
+            self._model.to(self._device)
 
     def made_from(self, subject: SubjectFiles, layout: Layout) -> dict[str, Any]:
         """What decides a subject's files, in plain containers; its scans are not read.
@@ -151,7 +150,12 @@ class TrainedSynthesizer:
         volumes = {name: volume.to(self._device) for name, volume in scans.volumes.items()}
         try:
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision == "bf16-mixed"):
-                made = self._whole.synthesize(volumes, scans.box)
+                if isinstance(self._model, WholeSynthesizer):
+                    made = self._model.synthesize(volumes, scans.box)
+                else:
+                    made = self._model.synthesize(volumes)
+        except UserError as error:  # of an estimator: a scan that nothing can be made from
+            raise UserError(f"{scans.id}: {error}") from error
         except torch.OutOfMemoryError as error:
             raise UserError(f"{scans.id}: {self._device} lacks the memory; free some, or use device=cpu") from error
         if not torch.isfinite(made.mean).all():
@@ -182,7 +186,7 @@ class TrainedSynthesizer:
             "intensity_scale": {"offset": self._offset, "factor": self._factor},
             "precision": self._precision,
             "box": scans.box,
-            "in_tiles": self._whole.tiled,  # memory was too short for one pass
+            "in_tiles": getattr(self._model, "tiled", False),  # memory was too short for one pass
         }
         return nifti(synthesis.mean, self._offset, self._factor, title), variance, record
 

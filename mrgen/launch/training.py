@@ -1,6 +1,8 @@
 """From a resolved config to a finished run folder."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ from mrgen.data.datamodule import CohortDataModule
 from mrgen.data.store import Store
 from mrgen.errors import UserError
 from mrgen.launch.csv_logger import CsvLogger
+from mrgen.launch.fitting import ESTIMATOR, check, fit
 from mrgen.launch.instantiate import instantiate, plain
 from mrgen.launch.status import recorded, write_json
 from mrgen.launch.tracking import finish_wandb, wandb_logger, wandb_mode
+from mrgen.papers.brain_clustering.estimator import Estimator
 
 __all__ = ["build_datamodule", "build_trainer", "checked_seed", "fill_from_store", "train"]
 
@@ -87,8 +91,12 @@ def quiet() -> None:
 
 
 def channels_last(model: pl.LightningModule) -> pl.LightningModule:
-    """Lays 3D convolutions out channels last, which about halves the backward pass in bf16 on a processor."""
-    return model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    """Lays convolutions out channels last, which about halves the backward pass in bf16 on a processor."""
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for weight in model.parameters():
+        if weight.ndim in layouts:
+            weight.data = weight.data.to(memory_format=layouts[weight.ndim])
+    return model
 
 
 def build_trainer(conf: DictConfig, run_dir: Path, *, callbacks: list[Callback], loggers: list[Logger]) -> pl.Trainer:
@@ -162,10 +170,11 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
     if conf.resume and last.is_file():
         try:
             saved = torch.load(last, weights_only=True, map_location="cpu")
-            resumed_step = int(saved["global_step"])
+            # Not global_step, which counts every optimizer of a GAN; rows of the CSV count batches.
+            resumed_step = int(saved["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"])
         except Exception as error:  # corrupt, truncated, or holding more than plain containers
             raise UserError(f"{last}: cannot be read as a checkpoint of mrgen ({type(error).__name__})") from error
-    elif last.is_file():
+    elif last.is_file() or (run_dir / ESTIMATOR).is_file():
         raise UserError(
             f"{run_dir} holds a finished or interrupted run; give another folder, or go on with resume={run_dir}"
         )
@@ -180,6 +189,12 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
         kept["sampling"] = {**plain(conf.data.sampling), "size": saved[KEY]["data"]["box"]}
     datamodule = build_datamodule(conf.data, **kept)
     model = instantiate(conf.model)
+    if isinstance(model, Estimator):
+        check(model, datamodule)
+        _keep_settings(conf, datamodule, run_dir)
+        with _loggers(conf, run_dir, CsvLogger(run_dir / "metrics.csv")) as loggers:
+            fit(model, datamodule, run_dir, description=_describe(conf, datamodule), loggers=loggers)
+        return run_dir
     channels_last(model)
     shapes = [datamodule.sampling.size, datamodule.whole.size]
     if any(n % model.divisor for shape in shapes for n in shape or ()):
@@ -194,26 +209,10 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
             raise UserError(
                 f"{last} holds another network than the config describes; a resumed run keeps its model"
             ) from error
-    # Only now: what was refused above must leave the folder as it was.
-    OmegaConf.save(OmegaConf.create(plain(conf)), run_dir / "config.yaml")
-    datamodule.split.save(run_dir / "split.json")
-    write_json(run_dir / "environment.json", _environment())
-
+    _keep_settings(conf, datamodule, run_dir)  # only now: what was refused above must leave the folder as it was
     csv = CsvLogger(run_dir / "metrics.csv")
     if resumed_step >= 0:
         csv.go_on_from(resumed_step)
-    loggers: list[Logger] = [csv]
-    track = bool(conf.tracking.wandb) and wandb_mode() != "disabled"
-    if track:
-        loggers.append(
-            wandb_logger(
-                run_dir,
-                project=conf.tracking.project,
-                name=conf.name,
-                group=conf.tracking.group,
-                config=plain(conf),
-            )
-        )
     checkpoints = run_dir / "checkpoints"
     callbacks: list[Callback] = [
         SeedSteps(conf.seed),
@@ -226,22 +225,38 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
     # After the best one, whose score it holds: otherwise a resumed run would not know the last epoch's and might put a
     # worse checkpoint in its place.
     callbacks.append(_Checkpoint(checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False))
-    trainer = build_trainer(conf.trainer, run_dir, callbacks=callbacks, loggers=loggers)
-    if not datamodule.split.val:
-        trainer.limit_val_batches = 0
-    elif len(datamodule.split.val) < trainer.world_size:
-        raise UserError(
-            f"{len(datamodule.split.val)} validation subjects for {trainer.world_size} devices; each needs one: "
-            "raise data.split.val or lower trainer.devices"
-        )
+    with _loggers(conf, run_dir, csv) as loggers:
+        trainer = build_trainer(conf.trainer, run_dir, callbacks=callbacks, loggers=loggers)
+        if not datamodule.split.val:
+            trainer.limit_val_batches = 0
+        elif len(datamodule.split.val) < trainer.world_size:
+            raise UserError(
+                f"{len(datamodule.split.val)} validation subjects for {trainer.world_size} devices; each needs one: "
+                "raise data.split.val or lower trainer.devices"
+            )
+        trainer.fit(model, datamodule=datamodule, ckpt_path=last if resumed_step >= 0 else None, weights_only=True)
+    return run_dir
+
+
+def _keep_settings(conf: DictConfig, datamodule: CohortDataModule, run_dir: Path) -> None:
+    OmegaConf.save(OmegaConf.create(plain(conf)), run_dir / "config.yaml")
+    datamodule.split.save(run_dir / "split.json")
+    write_json(run_dir / "environment.json", _environment())
+
+
+@contextmanager
+def _loggers(conf: DictConfig, run_dir: Path, csv: CsvLogger) -> Iterator[list[Logger]]:
+    """The CSV and, unless it is switched off, a run of W&B that ends with the block, as failed where that fails."""
+    if not conf.tracking.wandb or wandb_mode() == "disabled":
+        yield [csv]
+        return
+    settings = {"project": conf.tracking.project, "name": conf.name, "group": conf.tracking.group}
     failed = True
     try:
-        trainer.fit(model, datamodule=datamodule, ckpt_path=last if resumed_step >= 0 else None, weights_only=True)
+        yield [csv, wandb_logger(run_dir, config=plain(conf), **settings)]
         failed = False
     finally:
-        if track:
-            finish_wandb(run_dir, failed=failed)
-    return run_dir
+        finish_wandb(run_dir, failed=failed)
 
 
 def _environment() -> dict[str, Any]:

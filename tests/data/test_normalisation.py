@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from mrgen.data.normalisation import ZScore
+from mrgen.data.normalisation import MinMax, Stored, ZScore
 from mrgen.data.store import Store
 
 MODALITIES = ("t1", "t1ce", "t2", "flair")
@@ -99,3 +99,35 @@ def test_training_scale_of_several_subjects_is_right_on_average(subjects):
     assert np.ptp(each[:, 0]) > 0  # the subjects differ
     for value in (-1.0, 0.0, 2.0):
         assert offset + factor * value == pytest.approx(float((each[:, 0] + each[:, 1] * value).mean()))
+
+
+# ----- min–max ---------------------------------------------------------------------------------------------------
+
+
+def test_min_max_by_hand():
+    image = torch.tensor([[-3, 0, 50, 200, 400]], dtype=torch.int16).reshape(1, 5, 1, 1)
+    brain = torch.tensor([1, 1, 1, 1, 0], dtype=torch.bool).reshape(5, 1, 1)
+    unit = MinMax()(image, brain, [{"max": 200.0}])  # the brain's maximum; 400 lies outside
+    assert unit.flatten().tolist() == [0, 0, 0.25, 1, 0]
+    assert MinMax().training_scale([{"max": 200.0}, {"max": 300.0}]) == (0, 250)
+
+
+def test_min_max_of_a_scan_without_signal_is_0():
+    image, brain = torch.zeros(1, 2, 2, 2), torch.ones(2, 2, 2, dtype=torch.bool)
+    assert not MinMax()(image, brain, [{"max": 0.0}]).any()
+
+
+def test_min_max_of_a_subject_reaches_1_in_every_sequence(subjects):
+    for subject in subjects[:2]:
+        brain = torch.from_numpy(subject.read_brain())
+        unit = MinMax()(torch.from_numpy(subject.read_image()), brain, list(subject.statistics.values()))
+        assert unit.dtype == torch.float32
+        assert unit.amax((1, 2, 3)).tolist() == [1.0] * 4
+        assert float(unit.min()) == 0
+
+
+def test_stored_intensities_are_left_alone_within_the_brain(subjects):
+    image, brain = torch.from_numpy(subjects[0].read_image()), torch.from_numpy(subjects[0].read_brain())
+    stored = Stored()(image, brain, [])
+    assert torch.equal(stored[:, brain], image[:, brain].float())
+    assert not stored[:, ~brain].any()

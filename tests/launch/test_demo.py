@@ -36,7 +36,7 @@ def test_the_demo_goes_from_an_empty_folder_to_a_table(tmp_path: Path, monkeypat
 def test_the_demo_goes_on_with_a_training_that_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Where a checkpoint is there it resumes, where none is it starts."""
     monkeypatch.setattr(module, "prepare", lambda conf: None)
-    monkeypatch.setattr(module, "evaluate_swap", lambda conf, out_dir: out_dir)
+    monkeypatch.setattr(module, "evaluate", lambda conf, out_dir: out_dir)
     asked: dict[str, object] = {}
     monkeypatch.setattr(module, "train", lambda conf, run_dir: asked.update({run_dir.name: conf.resume}))
     stopped = tmp_path / "runs" / "rnet-t2"

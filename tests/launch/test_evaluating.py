@@ -12,7 +12,7 @@ from mrgen.callbacks.provenance import KEY
 from mrgen.data.splits import Split
 from mrgen.data.store import Store
 from mrgen.errors import UserError
-from mrgen.launch.evaluating import evaluate_swap
+from mrgen.launch.evaluating import evaluate
 from mrgen.launch.runs import load_run
 from tests.launch.tools import composed, tiny_run
 
@@ -20,7 +20,7 @@ from tests.launch.tools import composed, tiny_run
 def swapped(out_dir: Path, segmenter: Path, *runs: Path, overrides: tuple[str, ...] = ()) -> Path:
     listed = ",".join(f"'{run}'" for run in runs)
     common = ("experiment=rsnet/swap", f"segmenter='{segmenter}'", f"runs=[{listed}]", "trainer.accelerator=cpu")
-    return evaluate_swap(composed("evaluate", *common, *overrides), out_dir)
+    return evaluate(composed("evaluate", *common, *overrides), out_dir)
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -193,7 +193,7 @@ def test_a_split_without_test_subjects_suggests_val(snet_run: Path, rsnet_run: P
 
 
 def test_an_unknown_part_of_the_split(snet_run: Path, rsnet_run: Path, tmp_path: Path):
-    with pytest.raises(UserError, match="subjects is train; expected test or val"):
+    with pytest.raises(UserError, match="subjects is train; expected test, val or all"):
         swapped(tmp_path / "swap", snet_run, rsnet_run, overrides=("subjects=train",))
 
 
@@ -209,9 +209,11 @@ def test_no_runs(snet_run: Path, tmp_path: Path):
         swapped(tmp_path / "swap", snet_run)
 
 
-def test_different_normalisations_are_refused(snet_run: Path, run_dir: Path, tmp_path: Path):
+def test_a_synthesis_on_another_scale_than_its_data_is_refused(snet_run: Path, run_dir: Path, tmp_path: Path):
     described(run_dir, normalisation={"_target_": "mrgen.data.normalisation.MinMax"})
-    with pytest.raises(UserError, match=r"MinMax.*the segmenter with .*ZScore.*; a swap needs both on one scale"):
+    with pytest.raises(
+        UserError, match=r"makes values on the scale 'zscore' and was trained on data on the scale 'unit'"
+    ):
         swapped(tmp_path / "swap", snet_run, run_dir)
 
 

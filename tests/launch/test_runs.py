@@ -76,7 +76,7 @@ def test_a_run_without_a_checkpoint_says_its_status(run_dir: Path):
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path):
-    with pytest.raises(UserError, match=r"no checkpoints/best.ckpt or last.ckpt; it is no run folder"):
+    with pytest.raises(UserError, match=r"last.ckpt and no estimator/estimator.json; it is no run folder"):
         load_run(tmp_path)
 
 

@@ -91,7 +91,10 @@ class BrainClustering(Estimator):
 
     Attributes:
         subjects: of the training, in order.
+        family: among whose members the best are selected.
     """
+
+    family = "clustering"
 
     def __init__(
         self,

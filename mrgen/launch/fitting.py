@@ -1,0 +1,94 @@
+"""Methods without a network: learned in one pass over the training subjects, kept as an artefact."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_lightning.loggers import Logger
+from rich.progress import track
+
+from mrgen.data.datamodule import CohortDataModule
+from mrgen.data.store import StoredSubject
+from mrgen.data.stored_subject import BRAIN, IMAGE
+from mrgen.errors import UserError
+from mrgen.evaluation.unit_scale import rescaled, unit_errors
+from mrgen.launch.status import write_json
+from mrgen.papers.brain_clustering import Location, Pair
+from mrgen.papers.brain_clustering.estimator import TABLE, Estimator
+from mrgen.protocols import Synthesis
+
+__all__ = ["DESCRIPTION", "ESTIMATOR", "fit"]
+
+ESTIMATOR = Path("estimator") / TABLE  # below the run's folder
+DESCRIPTION = "description.json"
+
+
+def check(estimator: Estimator, datamodule: CohortDataModule) -> None:
+    """Raises UserError where the data cannot be what the estimator needs."""
+    if missing := [name for name in (estimator.source, estimator.target) if name not in datamodule.modalities]:
+        raise UserError(
+            f"{type(estimator).__name__} makes {estimator.target} from {estimator.source}, and data.modalities has no "
+            f"{', '.join(missing)} ({', '.join(datamodule.modalities)}); set target, model.source or data.modalities"
+        )
+    if datamodule.normalisation.scale != estimator.scale:
+        raise UserError(
+            f"{type(estimator).__name__} works on the scale {estimator.scale!r} and data.normalisation gives "
+            f"{datamodule.normalisation.scale!r}; set data.normalisation._target_=mrgen.data.normalisation.MinMax"
+        )
+
+
+def fit(
+    estimator: Estimator,
+    datamodule: CohortDataModule,
+    run_dir: Path,
+    *,
+    description: dict[str, Any],
+    loggers: Sequence[Logger],
+) -> None:
+    """Learns from the training subjects, judges the result on the validation subjects, and keeps the artefact.
+
+    Args:
+        estimator: unfitted.
+        datamodule: of which the split and the stored subjects count.
+        run_dir: gets ``estimator/`` and ``description.json``.
+        description: what a checkpoint would say of model and data.
+        loggers: get the means of the validation subjects' errors, named as those of Pix2Pix.
+    """
+    names = [estimator.source, estimator.target]
+
+    def pairs() -> Iterator[Pair]:
+        for subject in track(datamodule.training_subjects(), description=f"fitting {type(estimator).__name__}"):
+            source, target = subject.read_image(names)  # (X, Y, Z) each
+            place = subject.path.absolute()
+            channel = subject.modalities.index(estimator.source)
+            location = Location(str(place / IMAGE), channel, str(place / BRAIN))
+            yield Pair(source, target, subject.read_brain(), subject.id, location)
+
+    estimator.fit(pairs())
+    write_json(run_dir / DESCRIPTION, description)
+    estimator.save(run_dir / ESTIMATOR.parent)
+    validation = [datamodule.store.subjects[id] for id in datamodule.split.val]
+    if not validation:
+        return
+    errors = [_errors(estimator, subject, names, datamodule.lookup) for subject in validation]
+    known = {key: [error[key] for error in errors if np.isfinite(error[key])] for key in errors[0]}
+    means = {key: float(np.mean(values)) for key, values in known.items() if values}
+    for logger in loggers:
+        logger.log_metrics({"epoch": 0, "val/loss": means["mse_brain"], **{f"val/{k}": v for k, v in means.items()}}, 0)
+        logger.save()
+
+
+def _errors(estimator: Estimator, subject: StoredSubject, names: Sequence[str], lookup: np.ndarray) -> dict[str, float]:
+    """Errors of one subject, the synthesis and the real target each rescaled to [0, 1]."""
+    brain = torch.from_numpy(np.ascontiguousarray(subject.read_brain()))[None]  # (1, X, Y, Z)
+    source, target = subject.read_image(names)
+    tumour = torch.zeros_like(brain)
+    if subject.labelled:
+        label = lookup[subject.read_label()]
+        tumour = torch.from_numpy((label > 0) & (label != 255))[None]
+    made = torch.from_numpy(estimator.synthesize(source, brain[0].numpy()))[None, None]
+    real = rescaled(torch.from_numpy(target.astype(np.float32))[None, None] * brain[:, None], "stored")
+    errors = unit_errors(Synthesis(made, None, estimator.scale), real, brain, tumour)
+    return {"mse_brain": errors["own_mse_brain"], "mse_tumour": errors["own_mse_tumour"]}
