@@ -45,9 +45,11 @@ def evaluate(conf: DictConfig, out_dir: Path) -> Path:
     """
     if conf.evaluation.kind not in KINDS:
         raise UserError(f"evaluation.kind is {conf.evaluation.kind}; expected {', '.join(KINDS)}")
-    seed = checked_seed(conf.seed)
+    seed, folders = checked_seed(conf.seed), _folders(conf)
     segmenter = _segmenter(conf)
-    runs = _runs(conf)
+    runs = [load_run(path) for path in folders]
+    if len({run.checkpoint.resolve() for run in runs}) < len(runs):
+        raise UserError("runs names a run twice; give every run once")
     for run in runs:
         if hasattr(run.model, "mc_samples"):  # the others have no samples to draw
             run.draw_samples(mc_samples=conf.mc_samples, mc_batch=conf.mc_batch)
@@ -83,16 +85,14 @@ def _segmenter(conf: DictConfig) -> Run | None:
     return segmenter
 
 
-def _runs(conf: DictConfig) -> list[Run]:
+def _folders(conf: DictConfig) -> list[Any]:
+    """Of the runs to judge."""
     if conf.runs is None or not OmegaConf.is_list(conf.runs):
         raise UserError(f"runs is {conf.runs}; expected a list: runs=[{conf.runs}]")
     folders = [*conf.runs, *(_of_sweep(Path(str(conf.sweep)).expanduser()) if conf.sweep is not None else [])]
     if not folders:
         raise UserError("runs is empty; give the folders of the runs to judge: runs=[RUN,RUN], or sweep=FOLDER")
-    runs = [load_run(path) for path in folders]
-    if len({run.checkpoint.resolve() for run in runs}) < len(runs):
-        raise UserError("runs names a run twice; give every run once")
-    return runs
+    return folders
 
 
 def _of_sweep(folder: Path) -> list[Path]:

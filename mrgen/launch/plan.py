@@ -58,6 +58,8 @@ def plan(conf: DictConfig) -> dict[str, Any]:
     model = instantiate(conf.model)
     if isinstance(model, Estimator):
         raise UserError(f"{conf.name} has no network and takes seconds a subject; there is nothing to plan")
+    divisor = getattr(model, "divisor", 1)
+    crop = tuple(-(-n // divisor) * divisor for n in crop)  # what is not known yet will be a multiple of it
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     model.to("meta")
 

@@ -97,7 +97,11 @@ def test_a_composed_config_can_be_looked_at(mrgen: Script, tmp_path: Path):
         ("evaluate", ["segmenter=x", "runs=[y]"], "choose a preset, such as experiment=rsnet/swap"),
         ("evaluate", [PRESET], "No match in the defaults list"),
         ("evaluate", ["experiment=rsnet/swap", "segmenter=x"], "runs is empty; give the folders of the runs to judge"),
-        ("evaluate", ["experiment=rsnet/swap", "runs=[x]"], "Missing mandatory value: segmenter"),
+        (
+            "evaluate",
+            ["experiment=rsnet/swap", "runs=[x]"],
+            "segmenter is not set; give the folder of its run: segmenter=RUN",
+        ),
         ("evaluate", ["experiment=rsnet/swap", "segmenter=x", "runs=[x]"], "x: no such run folder or checkpoint"),
         ("evaluate", ["experiment=rsnet/swap", "evaluation.kind=swop"], "evaluation.kind is swop; expected swap"),
     ],
