@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from mrgen.launch.runs import load_run
 from mrgen.launch.status import read_status
 from mrgen.launch.training import train
 from mrgen.papers.brain_clustering import BrainClustering, Constant, Pair
+from tests.launch.synthesizing_tools import A, copied, image, made, record
 from tests.launch.tools import composed
 
 
@@ -165,3 +167,39 @@ def test_constant_is_the_mean_of_the_training_targets(tmp_path: Path, phantom_st
         t2 = subject.read_image(["t2"])[0][subject.read_brain()]
         means.append(t2[t2 > 0].mean() / t2.max())
     assert run.model.mean == pytest.approx(np.mean(means), rel=1e-6)
+
+
+# ----- mrgen-synthesize ----------------------------------------------------------------------------------------------
+
+
+def test_an_estimator_writes_files_like_a_network(
+    run_dir: Path, phantom_cohort: Path, phantom_store: Path, tmp_path: Path
+):
+    """Intensities are the training targets': 1 is the mean of their maxima."""
+    scans = copied(phantom_cohort, tmp_path / "scans", A)
+    (next(scans.glob(f"{A}/*_t2.nii.gz"))).unlink()  # nobody looks at it
+    output = made(run_dir, scans, tmp_path / "out")
+    subject, store = Store(phantom_store).subjects[A], Store(phantom_store)
+    training = Split.load(run_dir / "split.json").train
+    factor = np.mean([store.subjects[id].statistics["t2"]["max"] for id in training])
+    unit = load_run(run_dir).model.synthesize(subject.read_image(["t1"])[0], subject.read_brain())
+    written = to_canonical(image(output))
+    assert written.shape == subject.shape
+    np.testing.assert_allclose(written, np.where(subject.read_brain(), factor * unit, 0), rtol=1e-3, atol=1e-2 * factor)
+    assert record(output)["in_tiles"] is False
+
+
+def test_a_scan_that_search_cannot_compare_is_left_out_with_a_sentence(
+    tmp_path: Path, phantom_store: Path, phantom_cohort: Path, capsys
+):
+    search = fitted(tmp_path / "run", phantom_store, preset="clustering_search")
+    scans = copied(phantom_cohort, tmp_path / "scans", A)
+    path = next(scans.glob(f"{A}/*_t1.nii.gz"))
+    scan = nibabel.load(path)
+    nibabel.save(scan.slicer[:-2], path)
+    made(search, scans, tmp_path / "out", left_out=1)
+    assert f"{A}: found a query of" in capsys.readouterr().out
+
+
+def to_canonical(scan: nibabel.Nifti1Image) -> np.ndarray:
+    return np.asanyarray(nibabel.as_closest_canonical(scan).dataobj)
