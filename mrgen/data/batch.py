@@ -11,7 +11,7 @@ IGNORED = 255  # label of voxels that no loss and no metric counts (other pathol
 
 
 class Batch(TypedDict):
-    """One batch. Axes are RAS+, x y z; the sequences stand in the order of ``data.modalities``.
+    """One batch. Axes are RAS+, x y z; the sequences stand in the order of ``data.modalities``. Slices have no Z.
 
     Attributes:
         image: (B, C, X, Y, Z) float32, normalised.

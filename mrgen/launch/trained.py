@@ -79,7 +79,8 @@ class TrainedSynthesizer:
         data = run.description["data"]
         self._normalisation = instantiate_mrgen(data["normalisation"])
         self._offset, self._factor = data["intensity_scale"][self.target]
-        self._trained_box, self._divisor = data["box"], int(getattr(model, "divisor", 1))
+        self._trained_box = data["box"] if run.sees_box else [0, 0, 0]
+        self._divisor = int(getattr(model, "divisor", 1))
         self._mc_samples, self._seed = getattr(model, "mc_samples", None), checked_seed(conf.seed)
         self._checkpoint = run.checkpoint
         self._digest = run.digest()

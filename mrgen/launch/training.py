@@ -185,8 +185,9 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
     pl.seed_everything(checked_seed(conf.seed), verbose=False)
     # A resumed run keeps its split although the store may have grown: who was tested may not become who is trained on.
     kept: dict[str, Any] = {"split": {"kind": "file", "file": str(run_dir / "split.json")}} if resumed_step >= 0 else {}
-    if saved and conf.data.sampling._target_ == "mrgen.data.crops.BrainBox":  # nor may a new head change the box
-        kept["sampling"] = {**plain(conf.data.sampling), "size": saved[KEY]["data"]["box"]}
+    axes = {"mrgen.data.crops.BrainBox": 3, "mrgen.data.slices.AxialSlice": 2}.get(conf.data.sampling._target_)
+    if saved and axes:  # nor may a new head change the box
+        kept["sampling"] = {**plain(conf.data.sampling), "size": saved[KEY]["data"]["box"][:axes]}
     datamodule = build_datamodule(conf.data, **kept)
     model = instantiate(conf.model)
     if isinstance(model, Estimator):
