@@ -58,7 +58,7 @@ def known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_there_is_something_to_test():
     assert {"rsnet/rsnet", "rsnet/rnet", "rsnet/rnet_with_mri", "rsnet/snet"} <= set(NETWORKS)
-    assert {f"t1_to_t2/{name}" for name in ("pix2pix", "pix2pix_grid", "deepmedic")} <= set(NETWORKS)
+    assert {f"t1_to_t2/{name}" for name in ("pix2pix", "pix2pix_grid", "deepmedic", "unet3d")} <= set(NETWORKS)
     methods = ("clustering", "clustering_search", "conditional_mean", "complementary", "random", "constant", "nothing")
     assert {f"t1_to_t2/{name}" for name in methods} == set(TRAININGS) - set(NETWORKS)
     assert {"rsnet/swap", "t1_to_t2/swap", "t1_to_t2/select"} == set(EVALUATIONS)

@@ -9,7 +9,7 @@ import numpy as np
 from mrgen.data.store import StoredSubject
 from mrgen.errors import UserError
 
-__all__ = ["BrainBox", "Crop", "LesionPatch", "RandomPatch", "WholeVolume", "centred_box"]
+__all__ = ["BrainBox", "Crop", "LesionPatch", "RandomPatch", "WholeVolume", "centred_box", "surrounding_box"]
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # (start, stop) of x, y, z; may exceed the volume
 
@@ -35,6 +35,18 @@ def centred_box(brain_box: Sequence[Sequence[int]], size: Sequence[int]) -> Box:
     """A box of `size` voxels around the middle of a brain's box, ends exclusive."""
     starts = [(lo + hi - n) // 2 for (lo, hi), n in zip(brain_box, size, strict=True)]
     return tuple((start, start + n) for start, n in zip(starts, size, strict=True))  # type: ignore[return-value]
+
+
+def surrounding_box(brain_box: Sequence[Sequence[int]], least: Sequence[int], divisor: int) -> Box:
+    """A box around the middle of a brain that holds it: of `least` voxels, more where the brain needs them.
+
+    Args:
+        brain_box: (start, stop) of x, y, z, ends exclusive.
+        least: voxels along x, y, z, such as of the box that a network was trained in; 0 for as few as possible.
+        divisor: what the brain's own size is rounded up to a multiple of.
+    """
+    needed = [-(-(stop - start) // divisor) * divisor for start, stop in brain_box]
+    return centred_box(brain_box, [max(pair) for pair in zip(least, needed, strict=True)])
 
 
 class BrainBox:

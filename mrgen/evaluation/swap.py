@@ -14,9 +14,10 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from mrgen.data.batch import IGNORED, Batch, volumes
-from mrgen.data.crops import centred_box
+from mrgen.data.crops import surrounding_box
 from mrgen.data.normalisation import Normalisation
 from mrgen.data.store import StoredSubject, bounding_box, statistics
+from mrgen.errors import UserError
 from mrgen.evaluation.unit_scale import rescaled, unit_errors
 from mrgen.metrics.reconstruction import mae, mse, psnr, ssim
 from mrgen.metrics.segmentation import region_dice, region_hd95_directed
@@ -42,7 +43,7 @@ class _Subject:
         tumour: (1, X, Y, Z) bool, any lesion.
         labelled: whether the batch's label says something.
         views: its sequences, each (1, 1, X, Y, Z), as every method sees them, by row name.
-        around: what wrapped networks are told: the box around the brain.
+        brain_box: (start, stop) of x, y, z around the brain.
         from_real: (1, X, Y, Z), what the segmenter makes of the real sequences; None without a segmenter.
     """
 
@@ -52,7 +53,7 @@ class _Subject:
     tumour: Tensor
     labelled: bool
     views: dict[str, Volumes]
-    around: dict[str, Any]
+    brain_box: list[list[int]]
     from_real: Tensor | None = None
 
 
@@ -71,7 +72,8 @@ class Swap(LightningModule):
             it by its own statistics would hide its bias; one on another scale enters through the segmenter's
             normalisation. None: all see the batch as it is, and share its scale.
         subjects: by id, whose recorded statistics the normalisations need.
-        box: voxels along x, y, z that segmenter and synthesizers see around the middle of the brain; None: the batch.
+        boxes: by row name, the voxels along x, y, z of the box in which a network was trained to see brains. It sees
+            the brain in that box, or in a larger one where the brain needs it; those without a name see the batch.
         pictured: id of the subject whose slices are kept for the figures.
         seed: with subject and row name it seeds what a synthesizer draws.
 
@@ -100,7 +102,7 @@ class Swap(LightningModule):
         regions: Mapping[str, Sequence[int]],
         normalisations: Mapping[str, Normalisation] | None = None,
         subjects: Mapping[str, StoredSubject] | None = None,
-        box: Sequence[int] | None = None,
+        boxes: Mapping[str, Sequence[int]] | None = None,
         pictured: str | None = None,
         seed: int = 0,
     ):
@@ -111,7 +113,11 @@ class Swap(LightningModule):
         self.networks = nn.ModuleList(model for model in models if isinstance(model, nn.Module))
         self.networks.eval().requires_grad_(False)
         self.modalities, self.regions, self.pictured, self.seed = tuple(modalities), dict(regions), pictured, seed
-        self.normalisations, self.subjects, self.box = dict(normalisations or {}), dict(subjects or {}), box
+        self.normalisations, self.boxes, self.subjects = (
+            dict(normalisations or {}),
+            dict(boxes or {}),
+            dict(subjects or {}),
+        )
         self.rows: list[dict[str, Any]] = []
         self.calibration: list[dict[str, Any]] = []
         self.slices: dict[str, dict[str, Any]] = {}
@@ -149,7 +155,7 @@ class Swap(LightningModule):
             tumour=(label > 0) & (label != IGNORED),
             labelled=known is None or known.labelled,
             views=views,
-            around={} if self.box is None else {"box": centred_box(bounding_box(brain[0].cpu().numpy()), self.box)},
+            brain_box=bounding_box(brain[0].cpu().numpy()),
         )
 
     def _judge(self, name: str, subject: "_Subject") -> dict[str, float]:
@@ -193,7 +199,14 @@ class Swap(LightningModule):
     def _segment(self, inputs: Volumes, subject: "_Subject") -> Tensor:
         assert self.segmenter is not None
         wanted = {source: inputs[source] for source in self.segmenter.sources}
-        return self.segmenter.segment(wanted, **subject.around).labels
+        return self.segmenter.segment(wanted, **self._around(REAL, self.segmenter, subject)).labels
+
+    def _around(self, name: str, method: Any, subject: "_Subject") -> dict[str, Any]:
+        """What a wrapped network is told. Estimators see the volume: Search compares it with training volumes."""
+        if name not in self.boxes or not isinstance(method, nn.Module):
+            return {}
+        divisor = int(getattr(method, "divisor", 1))
+        return {"box": surrounding_box(subject.brain_box, self.boxes[name], divisor)}
 
     def _synthesize(self, name: str, subject: "_Subject") -> Synthesis:
         """Whatever was judged before, and on whichever rank, dropout draws the same for this subject and row."""
@@ -201,8 +214,13 @@ class Swap(LightningModule):
         inputs = {source: subject.views[name][source] for source in synthesizer.sources}
         with torch.random.fork_rng({volume.device for volume in inputs.values() if volume.is_cuda}):
             torch.manual_seed(zlib.crc32(f"{self.seed}/{subject.id}/{name}".encode()))
-            # Estimators see the volume as it is: Search compares it with training volumes.
-            return synthesizer.synthesize(inputs, **(subject.around if isinstance(synthesizer, nn.Module) else {}))
+            try:
+                synthesis = synthesizer.synthesize(inputs, **self._around(name, synthesizer, subject))
+            except UserError as error:  # of an estimator: a scan that nothing can be made from
+                raise UserError(f"{subject.id}, {name}: {error}") from error
+        if not torch.isfinite(synthesis.mean[subject.brain[:, None]]).all():
+            raise UserError(f"{subject.id}: {name} made NaN or infinite voxels; judge without it, or train it longer")
+        return synthesis
 
     def _overlap(self, predicted: Tensor, reference: Tensor, batch: Batch) -> dict[str, float]:
         """Dice and HD95 of two label maps (1, X, Y, Z)."""

@@ -136,7 +136,7 @@ def overlay_figure(
     """The paper's Figures 3 to 5: every synthesis, and below it the segmentation that was made with it.
 
     One column a method, then the real target with the segmentation from the real sequences and the real source with
-    the ground truth. All images of a target have the window of the real one, so that a bias shows.
+    the ground truth. All images of a target have the window of the real one.
 
     Args:
         slices: by row name, ``target/method``, each (X, Y): ``synthetic`` and ``real`` in one scale (or, where there is

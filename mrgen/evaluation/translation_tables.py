@@ -132,6 +132,8 @@ def translation_tables(
     Returns:
         Those of ``mse``, ``overlap``, ``change``, ``regions`` and ``agreement`` that the rows have numbers for.
     """
+    if not any(row["input"] in (paper or {}).get("rows", {}) for row in rows if row["input"] != REAL):
+        paper = None  # of another target, say
     lines = translation_summary(rows, regions=regions, paper=paper)
     over = f"Mean of {', '.join(regions)} in each subject; n: subjects; {INTERVAL}."
     found = {

@@ -1,6 +1,7 @@
 """From run folders to a judgement: what ``mrgen-evaluate`` does."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -8,7 +9,7 @@ from typing import Any, cast
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 
-from mrgen.data.crops import BrainBox, WholeVolume
+from mrgen.data.crops import WholeVolume
 from mrgen.data.datamodule import CohortDataModule
 from mrgen.data.normalisation import Normalisation
 from mrgen.data.store import Store
@@ -16,7 +17,7 @@ from mrgen.errors import UserError
 from mrgen.evaluation.inference import WholeSegmenter
 from mrgen.evaluation.swap import REAL, Swap
 from mrgen.launch.instantiate import instantiate_mrgen
-from mrgen.launch.reporting import KINDS, Judged, report
+from mrgen.launch.reporting import Judged, check, report
 from mrgen.launch.runs import Run, load_run
 from mrgen.launch.status import read_status
 from mrgen.launch.training import build_datamodule, build_trainer, checked_seed
@@ -43,8 +44,7 @@ def evaluate(conf: DictConfig, out_dir: Path) -> Path:
     Raises:
         UserError: runs that do not fit together, or an evaluated subject that one of them was trained on.
     """
-    if conf.evaluation.kind not in KINDS:
-        raise UserError(f"evaluation.kind is {conf.evaluation.kind}; expected {', '.join(KINDS)}")
+    check(conf)
     seed, folders = checked_seed(conf.seed), _folders(conf)
     segmenter = _segmenter(conf)
     runs = [load_run(path) for path in folders]
@@ -53,20 +53,22 @@ def evaluate(conf: DictConfig, out_dir: Path) -> Path:
     for run in runs:
         if hasattr(run.model, "mc_samples"):  # the others have no samples to draw
             run.draw_samples(mc_samples=conf.mc_samples, mc_batch=conf.mc_batch)
-    judged = Judged()
+    parts = []
     for group in [runs] if segmenter or conf.subjects == "all" else _by_subjects(conf, runs):
-        names = _named(group, segmenter)
-        datamodule = _datamodule(conf, segmenter, group)
-        judged.notes += _notes(conf, datamodule, segmenter, group, names)
+        parts.append((_datamodule(conf, segmenter, group), dict(zip(_named(group, segmenter), group, strict=True))))
+    _check_same_subjects(parts)
+    notes = [note for datamodule, named in parts for note in _notes(conf, datamodule, segmenter, named)]
+    judged = Judged(notes=list(dict.fromkeys(notes)))  # folds say the same
+    for datamodule, named in parts:
         pl.seed_everything(seed, verbose=False)
-        swap = _swap(datamodule, segmenter, dict(zip(names, group, strict=True)), seed)
+        swap = _swap(datamodule, segmenter, named, seed)
         trainer = build_trainer(conf.trainer, out_dir, callbacks=[], loggers=[])
         if len(datamodule.split.test) < trainer.world_size:
             raise UserError(
                 f"{len(datamodule.split.test)} subjects for {trainer.world_size} devices; lower trainer.devices"
             )
         trainer.test(swap, datamodule=datamodule, verbose=False)
-        judged.add(swap, datamodule.classes, dict(zip(names, group, strict=True)))
+        judged.add(swap, datamodule.classes, named)
     if trainer.is_global_zero:
         report(judged, conf, out_dir)
     return out_dir
@@ -74,8 +76,6 @@ def evaluate(conf: DictConfig, out_dir: Path) -> Path:
 
 def _segmenter(conf: DictConfig) -> Run | None:
     if conf.segmenter is None:
-        if conf.evaluation.kind == "swap":
-            raise UserError("segmenter is not set; give the folder of its run: segmenter=RUN")
         return None
     segmenter = load_run(conf.segmenter)
     if not isinstance(segmenter.model, Segmenter) or isinstance(segmenter.model, Synthesizer):
@@ -89,7 +89,8 @@ def _folders(conf: DictConfig) -> list[Any]:
     """Of the runs to judge."""
     if conf.runs is None or not OmegaConf.is_list(conf.runs):
         raise UserError(f"runs is {conf.runs}; expected a list: runs=[{conf.runs}]")
-    folders = [*conf.runs, *(_of_sweep(Path(str(conf.sweep)).expanduser()) if conf.sweep is not None else [])]
+    sweeps = [] if conf.sweep is None else list(conf.sweep) if OmegaConf.is_list(conf.sweep) else [conf.sweep]
+    folders = [*conf.runs, *(run for sweep in sweeps for run in _of_sweep(Path(str(sweep)).expanduser()))]
     if not folders:
         raise UserError("runs is empty; give the folders of the runs to judge: runs=[RUN,RUN], or sweep=FOLDER")
     return folders
@@ -104,14 +105,19 @@ def _of_sweep(folder: Path) -> list[Path]:
     for path, state in states.items():
         if state != "finished":
             print(f"{path}: {state}, left out")
-    return sorted(finished, key=lambda path: (len(path.name), path.name))
+
+    def job(path: Path) -> tuple[int, str]:  # folders begin with the number of their job
+        number = re.match(r"\d+", path.name)
+        return (int(number[0]) if number else 0, path.name)
+
+    return sorted(finished, key=job)
 
 
 def _by_subjects(conf: DictConfig, runs: list[Run]) -> list[list[Run]]:
     """Runs that are judged on the same subjects, in the order given."""
     groups: dict[tuple[str, ...], list[Run]] = {}
-    for run in runs:
-        groups.setdefault(_part(conf, run), []).append(run)
+    for run in runs:  # stores may share ids
+        groups.setdefault((str(conf.store or run.conf.data.store), *_part(conf, run)), []).append(run)
     return list(groups.values())
 
 
@@ -145,19 +151,10 @@ def _swap(datamodule: CohortDataModule, segmenter: Run | None, runs: Mapping[str
         regions=datamodule.store.layout.regions,
         normalisations={name: normalisation(run) for name, run in {**judges, **runs}.items()},
         subjects=datamodule.store.subjects,
-        box=_box(datamodule, segmenter),
+        boxes={name: run.box for name, run in {**judges, **runs}.items()},
         pictured=_pictured(datamodule),
         seed=seed,
     )
-
-
-def _box(datamodule: CohortDataModule, segmenter: Run | None) -> Sequence[int]:
-    """What networks see: the box in which the segmenter was trained to see brains, or the smallest that fits all."""
-    crop = {"size": segmenter.description["data"]["box"]} if segmenter and segmenter.sees_box else {}
-    box = BrainBox(**crop, divisor=1)
-    box.fit(datamodule.store.subjects[id] for id in datamodule.split.test)
-    assert box.size is not None
-    return box.size
 
 
 def _named(runs: list[Run], segmenter: Run | None) -> list[str]:
@@ -211,25 +208,45 @@ def _datamodule(conf: DictConfig, segmenter: Run | None, runs: list[Run]) -> Coh
     return datamodule
 
 
+def _check_same_subjects(parts: Sequence[tuple[CohortDataModule, Mapping[str, Run]]]) -> None:
+    """Raises UserError where means would be of different subjects, or of one subject twice."""
+    subjects: dict[str, list[str]] = {}
+    for datamodule, named in parts:
+        for name in named:
+            subjects.setdefault(name, []).extend(datamodule.split.test)
+    everyone = {id for ids in subjects.values() for id in ids}
+    for name, ids in subjects.items():
+        if twice := [id for id in ids if ids.count(id) > 1]:
+            raise UserError(
+                f"{name} would judge {twice[0]} twice; runs of one name must be the folds of one cross-validation: "
+                "give other names (name=…), or judge them one by one"
+            )
+        if set(ids) != everyone:
+            raise UserError(
+                f"{name} would be judged on {len(ids)} of {len(everyone)} subjects, other runs on others; train all "
+                "runs with one split (data.split.kind=file data.split.file=RUN/split.json), or give all of their folds"
+            )
+
+
 def _notes(
-    conf: DictConfig, datamodule: CohortDataModule, segmenter: Run | None, runs: list[Run], names: list[str]
+    conf: DictConfig, datamodule: CohortDataModule, segmenter: Run | None, named: Mapping[str, Run]
 ) -> list[str]:
-    """What a reader of the table must know."""
+    """What a reader of the table must know. Raises UserError for subjects that cannot be judged, or were trained on."""
+    subjects = [datamodule.store.subjects[id] for id in datamodule.split.test]
+    if conf.evaluation.kind == "swap" and not any(subject.labelled for subject in subjects):
+        raise UserError(
+            f"none of the subjects in {datamodule.store.path} has a label, which this judgement needs; "
+            "experiment=t1_to_t2/swap compares with the segmentation from the real sequences"
+        )
     whose = f"the {conf.subjects} part of " + ("the segmenter's split" if segmenter else "the runs' own splits")
     whose = f"all {len(datamodule.split.test)} of the store" if conf.subjects == "all" else whose
     notes = [f"Subjects: {whose}, {datamodule.store.path.name}."]
     notes += [f"all real: {_named_file(segmenter)}"] if segmenter else []
-    notes += [f"{name}: {_named_file(run)}" for name, run in zip(names, runs, strict=True)]
-    everyone = [*([segmenter] if segmenter else []), *runs]
-    box = list(_box(datamodule, segmenter))
-    notes += [
-        f"{run.path.name}: trained in a box of {run.description['data']['box']} voxels, judged in one of {box}."
-        for run in everyone
-        if run.sees_box and run.description["data"]["box"] != box
-    ]
+    notes += [f"{name}: {_named_file(run)}" for name, run in named.items()]
+    everyone = [*([segmenter] if segmenter else []), *named.values()]
     if segmenter:
         scale = instantiate_mrgen(segmenter.description["data"]["normalisation"]).scale
-        other = [name for name, run in zip(names, runs, strict=True) if run.model.scale != scale]
+        other = [name for name, run in named.items() if run.model.scale != scale]
         if other:
             notes.append(f"Normalised anew, by their own statistics, for the segmenter ({scale}): {', '.join(other)}.")
     return notes + _check_leaks(datamodule, everyone, datamodule.split.test)
@@ -256,7 +273,7 @@ def _check_leaks(datamodule: CohortDataModule, runs: list[Run], ids: tuple[str, 
                 f"({', '.join(leaked[:3])}{' …' if len(leaked) > 3 else ''}); "
                 "train all runs with one split: data.split.kind=file data.split.file=RUN/split.json"
             )
-        if chosen := evaluated & seen["val"]:
+        if run.checkpoint.name == "best.ckpt" and (chosen := evaluated & seen["val"]):
             notes.append(f"Optimistic: {len(chosen)} of these subjects chose the checkpoint of {run.path.name}.")
     return notes
 

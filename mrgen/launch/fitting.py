@@ -32,11 +32,6 @@ def check(estimator: Estimator, datamodule: CohortDataModule) -> None:
             f"{type(estimator).__name__} makes {estimator.target} from {estimator.source}, and data.modalities has no "
             f"{', '.join(missing)} ({', '.join(datamodule.modalities)}); set target, model.source or data.modalities"
         )
-    if datamodule.normalisation.scale != estimator.scale:
-        raise UserError(
-            f"{type(estimator).__name__} works on the scale {estimator.scale!r} and data.normalisation gives "
-            f"{datamodule.normalisation.scale!r}; set data.normalisation._target_=mrgen.data.normalisation.MinMax"
-        )
 
 
 def fit(
@@ -67,12 +62,12 @@ def fit(
             yield Pair(source, target, subject.read_brain(), subject.id, location)
 
     estimator.fit(pairs())
+    validation = [datamodule.store.subjects[id] for id in datamodule.split.val]
+    errors = [_errors(estimator, subject, names, datamodule.lookup) for subject in validation]
     write_json(run_dir / DESCRIPTION, description)
     estimator.save(run_dir / ESTIMATOR.parent)
-    validation = [datamodule.store.subjects[id] for id in datamodule.split.val]
-    if not validation:
+    if not errors:
         return
-    errors = [_errors(estimator, subject, names, datamodule.lookup) for subject in validation]
     known = {key: [error[key] for error in errors if np.isfinite(error[key])] for key in errors[0]}
     means = {key: float(np.mean(values)) for key, values in known.items() if values}
     for logger in loggers:
@@ -81,14 +76,17 @@ def fit(
 
 
 def _errors(estimator: Estimator, subject: StoredSubject, names: Sequence[str], lookup: np.ndarray) -> dict[str, float]:
-    """Errors of one subject, the synthesis and the real target each rescaled to [0, 1]."""
+    """Errors of one subject on [0, 1], the synthesis as it was made."""
     brain = torch.from_numpy(np.ascontiguousarray(subject.read_brain()))[None]  # (1, X, Y, Z)
     source, target = subject.read_image(names)
     tumour = torch.zeros_like(brain)
     if subject.labelled:
         label = lookup[subject.read_label()]
         tumour = torch.from_numpy((label > 0) & (label != 255))[None]
-    made = torch.from_numpy(estimator.synthesize(source, brain[0].numpy()))[None, None]
+    try:
+        made = torch.from_numpy(estimator.synthesize(source, brain[0].numpy()))[None, None]
+    except UserError as error:
+        raise UserError(f"{subject.id}: {error}") from error
     real = rescaled(torch.from_numpy(target.astype(np.float32))[None, None] * brain[:, None], "stored")
     errors = unit_errors(Synthesis(made, None, estimator.scale), real, brain, tumour)
-    return {"mse_brain": errors["own_mse_brain"], "mse_tumour": errors["own_mse_tumour"]}
+    return {"mse_brain": errors["unit_mse_brain"], "mse_tumour": errors["unit_mse_tumour"]}

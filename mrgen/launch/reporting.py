@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from mrgen.errors import UserError
 from mrgen.evaluation.figures import calibration_figure, swap_figure, synthesis_figure
 from mrgen.evaluation.selection import ranking, select, selection_table
 from mrgen.evaluation.swap import Swap
@@ -17,7 +18,7 @@ from mrgen.evaluation.translation_tables import region_means, translation_summar
 from mrgen.launch.instantiate import plain
 from mrgen.launch.runs import Run
 
-__all__ = ["KINDS", "Judged", "report"]
+__all__ = ["KINDS", "Judged", "check", "report"]
 
 # The panels of the two box plots.
 ERRORS = {
@@ -63,6 +64,23 @@ class Judged:
         self.rows += swap.rows
         self.calibration += swap.calibration
         self.runs = {**runs, **self.runs}
+
+
+def check(conf: DictConfig) -> None:
+    """Raises UserError for a judgement that cannot be, before anything is computed."""
+    evaluation = conf.evaluation
+    if evaluation.kind not in KINDS:
+        raise UserError(f"evaluation.kind is {evaluation.kind}; expected {', '.join(KINDS)}")
+    if evaluation.kind == "swap" and conf.segmenter is None:
+        raise UserError("segmenter is not set; give the folder of its run: segmenter=RUN")
+    if evaluation.kind == "selection":
+        if conf.subjects != "val":
+            raise UserError(
+                f"subjects is {conf.subjects}; a selection needs subjects=val, or it would see the test set"
+            )
+        if evaluation.criterion == "dice" and conf.segmenter is None:
+            raise UserError("evaluation.criterion=dice needs a segmenter: segmenter=RUN")
+        select([], {}, evaluation.criterion, evaluation.count)  # refuses what it does not know
 
 
 def report(judged: Judged, conf: DictConfig, out_dir: Path) -> None:

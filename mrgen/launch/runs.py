@@ -62,9 +62,9 @@ class Run:
         return plain(self.conf.data.sampling.size) if self._sampling.endswith(".RandomPatch") else None
 
     @property
-    def sees_box(self) -> bool:
-        """Whether the network should see brains in the box of its training."""
-        return self._sampling.endswith(".BrainBox")
+    def box(self) -> list[int]:
+        """Voxels along x, y, z of the box in which a network was trained to see brains; 0 where it saw no such box."""
+        return list(self.description["data"]["box"]) if self._sampling.endswith(".BrainBox") else [0, 0, 0]
 
     def synthesizer(self) -> Synthesizer:
         """The model as it is given whole volumes: networks see what they were trained to see, estimators the volume."""

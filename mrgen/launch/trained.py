@@ -12,7 +12,7 @@ from torch import Tensor
 from mrgen import __version__
 from mrgen.data.checks import check_subject
 from mrgen.data.cohorts import Layout, SubjectFiles
-from mrgen.data.crops import Box, centred_box
+from mrgen.data.crops import Box, surrounding_box
 from mrgen.data.store import bounding_box, settings_digest, statistics, stored_type
 from mrgen.data.stored_subject import to_orientation
 from mrgen.data.synthetic_files import nifti_bytes, read_header
@@ -79,8 +79,7 @@ class TrainedSynthesizer:
         data = run.description["data"]
         self._normalisation = instantiate_mrgen(data["normalisation"])
         self._offset, self._factor = data["intensity_scale"][self.target]
-        self._trained_box = data["box"] if run.sees_box else [0, 0, 0]
-        self._divisor = int(getattr(model, "divisor", 1))
+        self._trained_box, self._divisor = run.box, int(getattr(run.synthesizer(), "divisor", 1))
         self._mc_samples, self._seed = getattr(model, "mc_samples", None), checked_seed(conf.seed)
         self._checkpoint = run.checkpoint
         self._digest = run.digest()
@@ -137,8 +136,7 @@ class TrainedSynthesizer:
         volumes = {name: normalised[None, i : i + 1] for i, name in enumerate(self.sources)}
         brain_box = bounding_box(loaded.brain)
         # Norms take their statistics from what they see, so it is as much as in training; more for a larger brain.
-        needed = [-(-(stop - start) // self._divisor) * self._divisor for start, stop in brain_box]
-        box = centred_box(brain_box, [max(pair) for pair in zip(self._trained_box, needed, strict=True)])
+        box = surrounding_box(brain_box, self._trained_box, self._divisor)
         return Scans(subject.id, volumes, loaded.brain, box, loaded.original_affine, header)
 
     def synthesize(self, scans: Scans) -> Synthesis:

@@ -174,7 +174,7 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
             resumed_step = int(saved["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"])
         except Exception as error:  # corrupt, truncated, or holding more than plain containers
             raise UserError(f"{last}: cannot be read as a checkpoint of mrgen ({type(error).__name__})") from error
-    elif last.is_file() or (run_dir / ESTIMATOR).is_file():
+    elif last.is_file() or ((run_dir / ESTIMATOR).is_file() and not conf.resume):
         raise UserError(
             f"{run_dir} holds a finished or interrupted run; give another folder, or go on with resume={run_dir}"
         )
@@ -184,14 +184,24 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
     fill_from_store(conf)
     pl.seed_everything(checked_seed(conf.seed), verbose=False)
     # A resumed run keeps its split although the store may have grown: who was tested may not become who is trained on.
-    kept: dict[str, Any] = {"split": {"kind": "file", "file": str(run_dir / "split.json")}} if resumed_step >= 0 else {}
+    kept: dict[str, Any] = {}
+    if conf.resume and (run_dir / "split.json").is_file():
+        kept = {"split": {"kind": "file", "file": str(run_dir / "split.json")}}
     axes = {"mrgen.data.crops.BrainBox": 3, "mrgen.data.slices.AxialSlice": 2}.get(conf.data.sampling._target_)
     if saved and axes:  # nor may a new head change the box
         kept["sampling"] = {**plain(conf.data.sampling), "size": saved[KEY]["data"]["box"][:axes]}
     datamodule = build_datamodule(conf.data, **kept)
     model = instantiate(conf.model)
+    if getattr(model, "scale", datamodule.normalisation.scale) != datamodule.normalisation.scale:
+        raise UserError(
+            f"{type(model).__name__} works on the scale {model.scale!r} and data.normalisation gives "
+            f"{datamodule.normalisation.scale!r}; set data.normalisation._target_=mrgen.data.normalisation."
+            f"{'MinMax' if model.scale == 'unit' else 'ZScore'}"
+        )
     if isinstance(model, Estimator):
         check(model, datamodule)
+        if (run_dir / ESTIMATOR).is_file():  # resumed, and finished before
+            return run_dir
         _keep_settings(conf, datamodule, run_dir)
         with _loggers(conf, run_dir, CsvLogger(run_dir / "metrics.csv")) as loggers:
             fit(model, datamodule, run_dir, description=_describe(conf, datamodule), loggers=loggers)
@@ -220,8 +230,9 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
         Provenance(_describe(conf, datamodule)),
         LearningRateMonitor("epoch"),
     ]
-    if datamodule.split.val:
-        best = _Checkpoint(checkpoints, "best", monitor="val/loss", mode="min", enable_version_counter=False)
+    monitor = conf.get("monitor", "val/loss")
+    if datamodule.split.val and monitor:
+        best = _Checkpoint(checkpoints, "best", monitor=monitor, mode="min", enable_version_counter=False)
         callbacks.append(best)
     # After the best one, whose score it holds: otherwise a resumed run would not know the last epoch's and might put a
     # worse checkpoint in its place.

@@ -5,8 +5,8 @@ error over the brain and a squared error over the tumour hold it near the real t
 generators with all pairs of weights of these two terms from {0, 100, 500, 1000}; with both 0 it is a pure GAN.
 
 Volumes are scaled by their own extremes, to [−1, 1] for the networks and to [0, 1] for everybody else: per crop and
-after the augmentation in training, per volume in synthesis. Whatever the data path's normalisation is, its background
-of 0 becomes the minimum first.
+after the augmentation in training, per volume in synthesis; the background of 0 is the minimum. In 2D, slices stay on
+the scale of their volume, which the data path's min–max normalisation gives them.
 """
 
 from collections.abc import Sequence
@@ -148,7 +148,7 @@ class Pix2Pix(LightningModule):
             len(sources) + 1, dims=dims, filters=discriminator_filters, layers=discriminator_layers
         )
         self.apply(init_normal)
-        self.sees_whole = dims == 3
+        self.dims, self.sees_whole = dims, dims == 3
         self.divisor = self.generator.divisor
         self.val_means = SubjectMeans(["loss", "mse_brain", "mse_tumour"])
 
@@ -162,7 +162,9 @@ class Pix2Pix(LightningModule):
         return self.generator(self._scaled(volumes, self.sources)).float()
 
     def _scaled(self, volumes: Volumes, names: Sequence[str]) -> Tensor:
-        return 2 * unit_range(torch.cat([volumes[name] for name in names], dim=1)) - 1  # (B, names, X, Y, Z)
+        x = torch.cat([volumes[name] for name in names], dim=1)  # (B, names, X, Y, Z)
+        # A slice by its own extremes would be as bright at the vertex as in the middle.
+        return 2 * (unit_range(x) if self.dims == 3 else x.clamp(0, 1)) - 1
 
     # ----- the two players ---------------------------------------------------------------------------------------
 
@@ -238,7 +240,7 @@ class Pix2Pix(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Mean squared errors on [0, 1] of a synthesis as at test; the one in the brain chooses the best epoch."""
         inputs = volumes(batch, self.modalities)
-        made, target = self.synthesize(inputs).mean, unit_range(inputs[self.targets[0]])
+        made, target = self.synthesize(inputs).mean, (self._scaled(inputs, self.targets) + 1) / 2
         # Validation batches hold one subject each.
         brain = mse(made[0, 0], target[0, 0], batch["brain"][0])
         tumour = mse(made[0, 0], target[0, 0], _tumour(batch["label"])[0])

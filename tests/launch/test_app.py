@@ -197,7 +197,7 @@ def test_two_processes_never_share_a_folder(mrgen: Script, monkeypatch: pytest.M
 
 
 def test_every_job_of_a_sweep_has_a_folder_of_its_own(mrgen: Script, tmp_path: Path):
-    """Sweeping presets as well: their names hold slashes."""
+    """And all of them one, by which the sweep can be judged. Sweeping presets as well: their names hold slashes."""
     small = ("model.filters=2", "model.levels=2", "plan=true")
     called = mrgen("train", "-m", "experiment=rsnet/rsnet,rsnet/rnet", "target=t1,t2", *small)
     assert called.code == 0, called.err
@@ -208,7 +208,8 @@ def test_every_job_of_a_sweep_has_a_folder_of_its_own(mrgen: Script, tmp_path: P
     names = ("rsnet-t1", "rsnet-t2", "rnet-t1", "rnet-t2")
     assert len(folders) == 4
     for number, name in enumerate(names):
-        assert [f for f in folders if re.fullmatch(rf"{name}/sweep_[\d_-]+_\w{{4}}/{number}", f)], folders
+        assert [f for f in folders if re.fullmatch(rf"sweep_[\d_-]+_\w{{4}}/{number}_{name}", f)], folders
+    assert len({folder.partition("/")[0] for folder in folders}) == 1
 
 
 # ----- resume ------------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from mrgen.data.store import Store
 from mrgen.errors import UserError
 from mrgen.launch.evaluating import evaluate
 from mrgen.launch.runs import load_run
+from mrgen.papers.rsnet import RSNet
+from mrgen.segmenter import SegmenterModule
 from tests.launch.tools import composed, tiny_run
 
 
@@ -228,15 +230,24 @@ def test_a_run_counts_once(snet_run: Path, rsnet_run: Path, tmp_path: Path):
         swapped(tmp_path / "swap", snet_run, rsnet_run, rsnet_run)
 
 
-def test_the_segmenter_is_judged_in_the_box_that_it_was_trained_in(
-    snet_run: Path, rsnet_run: Path, tmp_path: Path, capsys
+def test_every_network_is_judged_in_the_box_that_it_was_trained_in(
+    snet_run: Path, rsnet_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Its norms take their statistics from the volume that they see, so a tighter box would be another network."""
+    """Norms take their statistics from the volume that they see, so a tighter box would be another network."""
     trained = load_run(snet_run)
     checkpoint = torch.load(trained.checkpoint, weights_only=True)
     wider = [n + 16 for n in checkpoint["mrgen"]["data"]["box"]]
     checkpoint["mrgen"]["data"]["box"] = wider
     other = shutil.copytree(snet_run, tmp_path / "wider")
     torch.save(checkpoint, other / "checkpoints" / trained.checkpoint.name)
-    table = (swapped(tmp_path / "swap", other, rsnet_run) / "table.md").read_text()
-    assert f"judged in one of {wider}" in table
+    saw: dict[str, set[tuple[int, ...]]] = {}
+    for cls, method in ((SegmenterModule, "segment"), (RSNet, "synthesize")):
+        original = getattr(cls, method)
+
+        def spied(self: Any, volumes: Any, original: Any = original) -> Any:
+            saw.setdefault(type(self).__name__, set()).add(tuple(next(iter(volumes.values())).shape[2:]))
+            return original(self, volumes)
+
+        monkeypatch.setattr(cls, method, spied)
+    swapped(tmp_path / "swap", other, rsnet_run)
+    assert saw == {"SegmenterModule": {tuple(wider)}, "RSNet": {tuple(n - 16 for n in wider)}}

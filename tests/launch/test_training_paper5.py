@@ -60,9 +60,7 @@ def test_deepmedic_learns_on_segments_and_answers_for_whole_brains(tmp_path: Pat
 
 
 def test_segments_below_the_margin_are_refused(tmp_path: Path, phantom_store: Path):
-    with pytest.raises(
-        UserError, match=r"answer loses 5 on each side; set data\.sampling\.size to 11 or more"
-    ):
+    with pytest.raises(UserError, match=r"answer loses 5 on each side; set data\.sampling\.size to 11 or more"):
         trained(tmp_path / "run", phantom_store, "deepmedic", *DEEPMEDIC, "data.sampling.size=[5,5,5]")
 
 

@@ -152,3 +152,80 @@ def test_what_a_sweep_did_not_finish_is_said_and_left_out(tmp_path: Path, sweep:
 def test_an_unknown_kind_of_judgement(tmp_path: Path, sweep: Path):
     with pytest.raises(UserError, match=r"evaluation\.kind is taste; expected swap, translation, selection"):
         judged(tmp_path / "out", sweep / "1", overrides=("evaluation.kind=taste",))
+
+
+# ----- what cannot be compared ---------------------------------------------------------------------------------------
+
+
+def test_runs_of_one_name_must_not_judge_a_subject_twice(tmp_path: Path, phantom_store: Path):
+    """Two seeds of a split overlap: the later run would win without a word."""
+    test = "data.split.test=0.5"
+    runs = [trained(tmp_path / s, phantom_store, "random", test, f"data.split.seed={s}") for s in ("0", "1")]
+    assert set(Split.load(runs[0] / "split.json").test) & set(Split.load(runs[1] / "split.json").test)
+    with pytest.raises(UserError, match=r"t2/random would judge .* twice; runs of one name must be the folds"):
+        judged(tmp_path / "out", *runs)
+
+
+def test_methods_must_be_judged_on_the_same_subjects(tmp_path: Path, phantom_store: Path):
+    explicit = ("data.split.kind=explicit", "data.split.val=[]", "data.split.stratify=null")
+    ids = list(Store(phantom_store).subjects)
+    a = trained(
+        tmp_path / "a", phantom_store, "random", *explicit, f"data.split.train={ids[2:]}", f"data.split.test={ids[:2]}"
+    )
+    b = trained(
+        tmp_path / "b", phantom_store, "nothing", *explicit, f"data.split.train={ids[2:]}", f"data.split.test={ids[:1]}"
+    )
+    with pytest.raises(UserError, match="t2/nothing would be judged on 1 of 2 subjects"):
+        judged(tmp_path / "out", a, b)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("subjects=test",), "a selection needs subjects=val"),
+        (("evaluation.criterion=dise",), "criterion is dise"),
+        (("evaluation.criterion=dice",), "needs a segmenter"),
+        (("evaluation.count=0",), "count is 0"),
+    ],
+)
+def test_a_selection_that_cannot_be_is_refused_before_anything_is_judged(
+    tmp_path: Path, overrides: tuple[str, ...], message: str
+):
+    with pytest.raises(UserError, match=message):
+        judged(tmp_path / "out", Path("/no/such/run"), overrides=overrides, preset="select")
+
+
+def test_several_sweeps_are_judged_together(tmp_path: Path, sweep: Path, phantom_store: Path):
+    other = tmp_path / "other"
+    trained(other / "0", phantom_store, "constant")
+    out = judged(tmp_path / "out", overrides=(f"sweep=['{sweep}','{other}']",))
+    assert [row["input"] for row in rows(out / "table.csv")] == [*METHODS, "t2/constant"]
+
+
+def test_jobs_are_in_the_order_of_their_numbers(tmp_path: Path, phantom_store: Path):
+    from mrgen.launch.evaluating import _of_sweep
+
+    for name in ("10_b", "2_resnet-1000-0", "3_a", "0_c"):
+        write_json_folder(tmp_path / name)
+    assert [path.name for path in _of_sweep(tmp_path)] == ["0_c", "2_resnet-1000-0", "3_a", "10_b"]
+
+
+def write_json_folder(folder: Path) -> None:
+    folder.mkdir()
+    write_json(folder / "status.json", {"state": "finished"})
+
+
+def test_a_swap_without_a_label_says_what_judges_such_subjects(
+    tmp_path: Path, phantom_store: Path, snet_run: Path, rsnet_run: Path
+):
+    other = tmp_path / "other"
+    shutil.copytree(phantom_store, other)
+    for path in other.glob("*/subject.json"):
+        table = json.loads(path.read_text())
+        path.write_text(json.dumps({**table, "patient": f"new {table['id']}", "label_counts": None}))
+    conf = composed(
+        *("evaluate", "experiment=rsnet/swap", f"segmenter='{snet_run}'", f"runs=['{rsnet_run}']", "subjects=all"),
+        *(f"store='{other}'", "trainer.accelerator=cpu"),
+    )
+    with pytest.raises(UserError, match="has a label, which this judgement needs; experiment=t1_to_t2/swap"):
+        evaluate(conf, tmp_path / "out")

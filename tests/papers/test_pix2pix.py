@@ -413,7 +413,7 @@ def test_a_sweep_has_one_folder_and_a_name_for_each_job(tmp_path, monkeypatch):
     assert [conf.model.generator for conf, _ in jobs] == ["unet", "resnet"]
     assert [conf.name for conf, _ in jobs] == ["unet-100-0", "resnet-100-0"]
     assert [folder.name for _, folder in jobs] == ["0_unet-100-0", "1_resnet-100-0"]
-    assert {folder.parents[1] for _, folder in jobs} == {tmp_path / "made" / "pix2pix_grid"}
+    assert {folder.parents[1] for _, folder in jobs} == {tmp_path / "made"}
     assert len({folder.parent for _, folder in jobs}) == 1
 
 

@@ -89,10 +89,13 @@ class Constant(Estimator):
         return {"source": self.source, "target": self.target}
 
     def fit(self, pairs: Iterable[Pair | tuple[np.ndarray, ...]]) -> Self:
-        means = []
+        means: list[float] = []
         for pair in pairs:
             brain = pair[2] if len(pair) > 2 else None
-            scan = preprocess(_masked(pair[1], brain), remove_outliers=False)
+            try:
+                scan = preprocess(_masked(pair[1], brain), remove_outliers=False)
+            except UserError as error:
+                raise UserError(f"{pair[3] if len(pair) > 3 else len(means)}: {self.target}: {error}") from error
             means.append(float(scan.counts @ scan.levels / scan.counts.sum()))
         if not means:
             raise UserError("found no training pair, expected one or more")

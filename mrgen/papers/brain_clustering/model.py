@@ -94,8 +94,6 @@ class BrainClustering(Estimator):
         family: among whose members the best are selected.
     """
 
-    family = "clustering"
-
     def __init__(
         self,
         *,
@@ -132,6 +130,7 @@ class BrainClustering(Estimator):
             raise ValueError(f"micro_per_macro is {micro_per_macro}; expected 1 or more")
         self.macro, self.micro, self.mode, self.width, self.matching = macro, micro_per_macro, mode, width, matching
         self.remove_outliers, self.levels = remove_outliers, levels
+        self.family = "clustering" if matching == "assignment" else matching
         self.subjects: list[TrainingSubject] = []
         self._tables: list[Table] | None = None  # of all subjects, once a query has asked for them
 
