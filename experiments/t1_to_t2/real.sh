@@ -18,8 +18,8 @@ python -m mrgen.prepare data=brats2015 "data.root='$scans/brats2015/BRATS2015_Tr
 
 methods="clustering conditional_mean complementary random constant nothing"
 pix2pix="data.sampling.size=[64,64,64] data.sampling.divisor=16 model.downs=4 model.filters=16 model.lr=5e-4
-model.discriminator_filters=16 model.discriminator_layers=2 data.steps_per_epoch=40 trainer.max_epochs=20
-model.constant_epochs=10 model.decay_epochs=10"
+model.discriminator_filters=16 model.discriminator_layers=2 data.steps_per_epoch=40 trainer.max_epochs=10
+model.constant_epochs=5 model.decay_epochs=5"
 single="data.split.kind=explicit data.split.val=[] data.split.test=[] data.split.stratify=null data.labelled=false"
 
 between() {  # trained on the case $2 of cohort $1, asked for the case of cohort $3

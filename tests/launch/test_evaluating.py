@@ -245,7 +245,9 @@ def test_every_network_is_judged_in_the_box_that_it_was_trained_in(
         original = getattr(cls, method)
 
         def spied(self: Any, volumes: Any, original: Any = original) -> Any:
-            saw.setdefault(type(self).__name__, set()).add(tuple(next(iter(volumes.values())).shape[2:]))
+            first = next(iter(volumes.values()))
+            if first.device.type != "meta":  # which only tells how much memory a pass takes
+                saw.setdefault(type(self).__name__, set()).add(tuple(first.shape[2:]))
             return original(self, volumes)
 
         monkeypatch.setattr(cls, method, spied)
