@@ -163,7 +163,7 @@ def _selection(judged: Judged, conf: DictConfig, out_dir: Path) -> list[Table]:
     chosen = [line["input"] for line in select(judged.rows, families, **settings, regions=regions)]
     write_rows(out_dir / "table.csv", ranking(judged.rows, families, settings["criterion"], regions=regions))
     (out_dir / "selected.txt").write_text("".join(f"{judged.runs[name].path}\n" for name in chosen), encoding="utf-8")
-    notes = [*judged.notes, f"The folders of the chosen runs stand in {out_dir / 'selected.txt'}."]
+    notes = [*judged.notes, "The folders of the chosen runs stand in selected.txt beside this table."]
     title = _titled(conf, "selection")
     return [selection_table(judged.rows, families, **settings, regions=regions, title=title, notes=notes)]
 

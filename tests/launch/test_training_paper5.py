@@ -51,7 +51,7 @@ def test_a_gan_that_stopped_after_an_epoch_goes_on_to_the_same_weights_and_rows(
 def test_deepmedic_learns_on_segments_and_answers_for_whole_brains(tmp_path: Path, phantom_store: Path):
     run = load_run(trained(tmp_path / "run", phantom_store, "deepmedic", *DEEPMEDIC))
     assert run.tile is None  # exact in one pass, whatever it was trained on
-    assert not run.sees_box
+    assert run.box == [0, 0, 0]
     volumes = {name: torch.randn(1, 1, 11, 13, 9) for name in run.model.sources}
     labels = run.model.segment(volumes).labels
     assert labels.shape == (1, 11, 13, 9)
