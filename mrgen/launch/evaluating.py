@@ -212,8 +212,9 @@ def _check_same_subjects(parts: Sequence[tuple[CohortDataModule, Mapping[str, Ru
     """Raises UserError where means would be of different subjects, or of one subject twice."""
     subjects: dict[str, list[str]] = {}
     for datamodule, named in parts:
+        ids = [f"{id} of {datamodule.store.path}" for id in datamodule.split.test]  # stores may share ids
         for name in named:
-            subjects.setdefault(name, []).extend(datamodule.split.test)
+            subjects.setdefault(name, []).extend(ids)
     everyone = {id for ids in subjects.values() for id in ids}
     for name, ids in subjects.items():
         if twice := [id for id in ids if ids.count(id) > 1]:

@@ -179,6 +179,15 @@ def test_methods_must_be_judged_on_the_same_subjects(tmp_path: Path, phantom_sto
         judged(tmp_path / "out", a, b)
 
 
+def test_subjects_of_one_id_in_two_stores_are_two(tmp_path: Path, phantom_store: Path):
+    """As in two phantoms of another spacing."""
+    other = shutil.copytree(phantom_store, tmp_path / "other")
+    a = trained(tmp_path / "a", phantom_store, "random")
+    b = trained(tmp_path / "b", other, "nothing")
+    with pytest.raises(UserError, match="t2/random would be judged on 2 of 4 subjects"):
+        judged(tmp_path / "out", a, b)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
