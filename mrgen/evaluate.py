@@ -14,10 +14,12 @@ def task(conf: DictConfig) -> None:
 
     if conf.evaluation is None:
         raise UserError("nothing says what to judge; choose a preset, such as experiment=rsnet/swap")
+    from mrgen.launch.cross_validating import cross_validate
     from mrgen.launch.evaluating import evaluate
 
+    judge = cross_validate if conf.evaluation.kind == "cross_validation" else evaluate
     out_dir = Path(HydraConfig.get().runtime.output_dir)
-    print(f"results: {evaluate(conf, out_dir)}")
+    print(f"results: {judge(conf, out_dir)}")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""``mrgen-synthesize``: a checkpoint and a folder of scans become NIfTI files of the missing sequence."""
+"""``mrgen-synthesize``: a checkpoint and a folder of scans become NIfTI files of a missing sequence and of lesions."""
 
 from omegaconf import DictConfig
 

@@ -31,3 +31,19 @@ def phantom_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     report = prepare_cohort(layout, folder / "cohort", folder / "store", workers=0, progress=False)
     assert not report.problems, report.problems
     return folder / "store"
+
+
+@pytest.fixture(scope="session")
+def wmh_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared phantom in the WMH 2017 layout: T1 and FLAIR of 6 subjects at 5 mm, two of each site."""
+    from mrgen.data.layouts import Layout
+    from mrgen.data.phantom import grow_cohort
+    from mrgen.data.preparation import prepare_cohort
+    from mrgen.launch.paths import CONF_DIR
+
+    folder = tmp_path_factory.mktemp("wmh")
+    grow_cohort(folder / "cohort", layout="wmh2017", subjects=6, spacing=5, seed=0, workers=2)
+    layout = Layout.from_conf(CONF_DIR / "data" / "layout" / "wmh2017.yaml")
+    report = prepare_cohort(layout, folder / "cohort", folder / "store", workers=0, progress=False)
+    assert not report.problems, report.problems
+    return folder / "store"

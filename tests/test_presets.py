@@ -61,7 +61,8 @@ def test_there_is_something_to_test():
     assert {f"t1_to_t2/{name}" for name in ("pix2pix", "pix2pix_grid", "deepmedic", "unet3d")} <= set(NETWORKS)
     methods = ("clustering", "clustering_search", "conditional_mean", "complementary", "random", "constant", "nothing")
     assert {f"t1_to_t2/{name}" for name in methods} == set(TRAININGS) - set(NETWORKS)
-    assert {"rsnet/swap", "t1_to_t2/swap", "t1_to_t2/select"} == set(EVALUATIONS)
+    assert "joint_imputation/cross_validation" in NETWORKS
+    assert {"rsnet/swap", "t1_to_t2/swap", "t1_to_t2/select", "joint_imputation/tables"} == set(EVALUATIONS)
     assert {"phantom", "phantom_wmh", "brats2015", "brats2019", "brats2023", "wmh2017", "own"} <= set(COHORTS)
     assert {"data", "data/layout", "data/sampling", "model", "trainer", "tracking", "augmentation"} <= set(GROUPS)
 
@@ -98,7 +99,7 @@ def test_every_preset_is_planned_at_its_full_size(preset: str, known_rate: None)
         assert all(0 <= n - least < 128 for n, least in zip(result["crop"], FULL_SIZE, strict=False))
     assert result["parameters"] > 100_000
     assert result["memory_gib"] > (0.9 if len(result["crop"]) == 3 else 0.3)
-    assert result["steps"] == 57 * conf.trainer.max_epochs
+    assert result["steps"] == 57 * conf.trainer.max_epochs  # every preset trains in one stage
     assert result["hours"] == pytest.approx(result["steps"] * result["teraflop_per_step"] / 3600)
 
 
@@ -113,7 +114,7 @@ def test_every_preset_plans_on_cohorts_of_two_sequences(preset: str, cohort: str
         sized = sized[:1]  # the smallest that some networks take is larger
     small = plan(composed("train", f"experiment={preset}", f"data={cohort}", "target=flair", *sized, *own))
     brats = plan(composed("train", f"experiment={preset}", "data=brats2019", "target=flair", *sized))
-    if model(preset).get("sources") is None:  # Pix2Pix reads one sequence whatever there is
+    if {"source", "sources"}.isdisjoint(model(preset)):  # others read one sequence whatever there is
         assert small["parameters"] < brats["parameters"]
     else:
         assert small["parameters"] == brats["parameters"]
@@ -130,17 +131,17 @@ def test_every_evaluation_composes(preset: str):
     conf = composed("evaluate", f"experiment={preset}", "segmenter=RUN", "runs=[RUN,RUN]")
     resolved = OmegaConf.to_container(conf, resolve=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
-    paper, regions = resolved["evaluation"].get("paper", {"rows": {}}), resolved["evaluation"]["regions"]
-    assert resolved["evaluation"]["kind"] in KINDS
-    for row in paper["rows"].values():  # a number a region, or by measure and test set
-        assert isinstance(row, dict) or len(row) == len(regions)
+    evaluation = resolved["evaluation"]
+    assert evaluation["kind"] in {*KINDS, "cross_validation"}
+    for row in evaluation.get("paper", {}).get("rows", {}).values():  # a number a region, or by measure and test set
+        assert isinstance(row, dict) or len(row) == len(evaluation["regions"])
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_is_the_difference_and_nothing_else(preset: str):
     text = (EXPERIMENTS / f"{preset}.yaml").read_text()
     assert text.startswith("# @package _global_\n")
-    assert "name" in settings(preset)
+    assert "name" in settings(preset) or composed("train", f"experiment={preset}").name != "train"  # the model's
     assert "optional" not in text
 
 
@@ -153,3 +154,23 @@ def test_every_option_of_every_group_composes(group: str, option: str):
         composed("prepare", f"{group}={option}")
     if group == "trainer":
         composed("evaluate", f"{group}={option}")
+
+
+@pytest.mark.parametrize("name", ["joint", "offline", "unimodal", "upper_bound"])
+def test_the_models_of_paper_3_are_one_sweep(name: str):
+    """``model=`` chooses among them after the preset, and names the run; all else is the same."""
+    preset = "experiment=joint_imputation/cross_validation"
+    conf = composed("train", preset, f"model={name}", "fold=3", "model.source=t1ce")
+    assert conf.name == name
+    assert conf.data.split.fold == 3
+    first = OmegaConf.to_container(composed("train", preset, "fold=3"), resolve=True)
+    resolved = OmegaConf.to_container(conf, resolve=True)
+    assert {key for key in first if first[key] != resolved[key]} <= {"name", "model"}
+    shared = ("width", "lr", "betas", "segmentation_loss", "target", "modalities")
+    assert {key: first["model"][key] for key in shared} == {key: resolved["model"][key] for key in shared}
+
+
+def test_a_stage_has_all_epochs(known_rate: None):
+    preset = ("experiment=joint_imputation/cross_validation", "data.store=/nowhere", "data.steps_per_epoch=70")
+    joint, offline = (plan(composed("train", *preset, f"model={name}")) for name in ("joint", "offline"))
+    assert (joint["steps"], offline["steps"]) == (70 * 200, 2 * 70 * 200)

@@ -9,9 +9,10 @@ from torch.utils.data import DataLoader
 
 from mrgen.data.crops import BrainBox, Crop, WholeVolume
 from mrgen.data.dataset import CropDataset
-from mrgen.data.normalisation import Normalisation
+from mrgen.data.normalisation import Normalisation, stored_statistics
 from mrgen.data.sampler import EvaluationSampler, TrainingSampler
-from mrgen.data.slices import AxialSlice
+from mrgen.data.slice_dataset import SliceDataset, SubjectSlices
+from mrgen.data.slices import AxialSlice, SiteSlices
 from mrgen.data.splits import make_split
 from mrgen.data.store import Store, StoredSubject
 from mrgen.errors import UserError
@@ -30,9 +31,10 @@ class CohortDataModule(LightningDataModule):
         labels: which of the layout's label maps to use, ``regions`` or ``native``.
         split: how to split, see ``mrgen.data.splits.make_split``.
         normalisation: from stored intensities to the network's.
-        sampling: which crops training and validation see; testing always sees the whole brain.
+        sampling: which crops training and validation see; testing always sees the whole brain. With ``SiteSlices`` a
+            sample is a slice, and a validation batch all slices of a subject.
         batch_size: samples a step on one device.
-        steps_per_epoch: steps of an epoch; None is one pass over the training subjects.
+        steps_per_epoch: steps of an epoch; None is one pass over the training subjects, or over all of their slices.
         augmentation: TorchIO transforms for training, applied in this order.
         workers: loader processes. 0 loads in the training process: a whole brain of four sequences at 1 mm
             takes about 0.15 s on one core.
@@ -49,7 +51,7 @@ class CohortDataModule(LightningDataModule):
         labels: str = "regions",
         split: Mapping[str, Any],
         normalisation: Normalisation,
-        sampling: Crop,
+        sampling: Crop | SiteSlices,
         batch_size: int = 1,
         steps_per_epoch: int | None = None,
         augmentation: Sequence[Any] | None = None,
@@ -90,7 +92,7 @@ class CohortDataModule(LightningDataModule):
         self.normalisation, self.sampling = normalisation, sampling
         box = sampling if isinstance(sampling, BrainBox) else BrainBox(divisor=sampling.divisor)
         box.fit(subjects.values())
-        if isinstance(sampling, AxialSlice):
+        if isinstance(sampling, AxialSlice | SiteSlices):
             sampling.fit(subjects.values())
         self.whole: BrainBox | WholeVolume = box  # what testing sees
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
@@ -127,28 +129,28 @@ class CohortDataModule(LightningDataModule):
 
     def intensity_scale(self, modality: str) -> tuple[float, float]:
         """(offset, factor) from normalised values of a sequence to intensities, averaged over training subjects."""
-        return self.normalisation.training_scale([s.statistics[modality] for s in self._subjects(self.split.train)])
+        return self.normalisation.training_scale(
+            [stored_statistics(self.normalisation, s, [modality])[0] for s in self.training_subjects()]
+        )
 
     def dataset(self, ids: Sequence[str], *, crop: Crop, augmented: bool = False) -> CropDataset:
         """Samples of these subjects."""
-        augment = None
-        if augmented and self.augmentation:
-            import torchio as tio
+        augment = self._augment() if augmented else None
+        return CropDataset(self._subjects(ids), crop=crop, augment=augment, seed=self.seed, **self._reading)
 
-            augment = tio.Compose(self.augmentation)
-        return CropDataset(
-            self._subjects(ids),
-            modalities=self.modalities,
-            lookup=self.lookup,
-            crop=crop,
-            normalisation=self.normalisation,
-            augment=augment,
-            seed=self.seed,
-        )
+    @property
+    def _reading(self) -> dict[str, Any]:
+        """What all datasets are told."""
+        return {"modalities": self.modalities, "lookup": self.lookup, "normalisation": self.normalisation}
 
-    def _loader(
-        self, dataset: CropDataset, sampler: TrainingSampler | EvaluationSampler, batch_size: int
-    ) -> DataLoader:
+    def _augment(self) -> Any:
+        if not self.augmentation:
+            return None
+        import torchio as tio
+
+        return tio.Compose(self.augmentation)
+
+    def _loader(self, dataset: Any, sampler: TrainingSampler | EvaluationSampler, batch_size: int | None) -> DataLoader:
         return DataLoader(
             dataset,
             batch_size=batch_size,
@@ -166,15 +168,26 @@ class CohortDataModule(LightningDataModule):
 
     def train_steps(self, world_size: int = 1) -> int:
         """Optimizer steps of an epoch on each of ``world_size`` devices."""
-        return self.steps_per_epoch or max(1, -(-len(self.split.train) // (self.batch_size * world_size)))
+        samples = len(self.split.train)
+        if isinstance(self.sampling, SiteSlices):
+            samples = sum(len(self.sampling.training(s.shape, s.site)) for s in self.training_subjects())
+        return self.steps_per_epoch or max(1, -(-samples // (self.batch_size * world_size)))
 
     def train_dataloader(self) -> DataLoader:
-        dataset = self.dataset(self.split.train, crop=self.sampling, augmented=True)
+        dataset: CropDataset | SliceDataset
+        if isinstance(self.sampling, SiteSlices):
+            subjects, augment = self.training_subjects(), self._augment()
+            dataset = SliceDataset(subjects, slices=self.sampling, augment=augment, seed=self.seed, **self._reading)
+        else:
+            dataset = self.dataset(self.split.train, crop=self.sampling, augmented=True)
         samples = self.train_steps(self._ranks["world_size"]) * self.batch_size
         sampler = TrainingSampler(len(dataset), samples=samples, seed=self.seed, **self._ranks)
         return self._loader(dataset, sampler, self.batch_size)
 
     def val_dataloader(self) -> DataLoader:
+        if isinstance(self.sampling, SiteSlices):
+            slices = SubjectSlices(self._subjects(self.split.val), slices=self.sampling, **self._reading)
+            return self._loader(slices, EvaluationSampler(len(slices), **self._ranks), None)
         # Training's crops, the same every epoch: on whole brains instance norms would see other statistics.
         dataset = self.dataset(self.split.val, crop=self.sampling)
         return self._loader(dataset, EvaluationSampler(len(dataset), **self._ranks), 1)

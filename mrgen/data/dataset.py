@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mrgen.data.crops import Crop
-from mrgen.data.normalisation import Normalisation
+from mrgen.data.normalisation import Normalisation, stored_statistics
 from mrgen.data.sampler import Key
 from mrgen.data.slices import AxialSlice
 from mrgen.data.store import StoredSubject
 
-__all__ = ["CropDataset"]
+__all__ = ["CropDataset", "augmented"]
 
 
 class CropDataset(Dataset):
@@ -59,32 +59,46 @@ class CropDataset(Dataset):
         image = self.normalisation(
             torch.from_numpy(subject.read_image(self.modalities, box)),
             brain,
-            [subject.statistics[name] for name in self.modalities],
+            stored_statistics(self.normalisation, subject, self.modalities),
         )  # (C, X, Y, Z)
         label = torch.zeros(brain.shape, dtype=torch.int64)  # (X, Y, Z)
         if subject.labelled:
             label = torch.from_numpy(self.lookup[subject.read_label(box)])
         if self.augment is not None:
-            image, label, brain = self._augmented(image, label, brain, int(rng.integers(2**62)))
+            seed = int(rng.integers(2**62))
+            image, label, brain = augmented(self.augment, image, label, brain, seed, masked=self.normalisation.masked)
         if isinstance(self.crop, AxialSlice):  # only now: TorchIO knows volumes alone
             image, label, brain = (t.squeeze(-1) for t in (image, label, brain))  # (C, X, Y), (X, Y), (X, Y)
         # The grid is the scan's own: a transform moves what lies on it and not its voxels.
         spacing = torch.tensor(subject.spacing, dtype=torch.float32)  # (3,)
         return {"image": image, "label": label, "brain": brain, "subject": subject.id, "spacing": spacing}
 
-    def _augmented(self, image: Tensor, label: Tensor, brain: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        import torchio as tio
 
-        assert self.augment is not None
-        subject = tio.Subject(
-            image=tio.ScalarImage(tensor=image),
-            label=tio.LabelMap(tensor=label[None].to(torch.int16)),
-            brain=tio.LabelMap(tensor=brain[None].to(torch.uint8)),
-        )
-        with torch.random.fork_rng(devices=[]):  # TorchIO draws from torch's global generator
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPU's generator too
-            subject = self.augment(subject)
-        brain = subject["brain"].data[0].bool().contiguous()
-        # Noise reaches the background and TorchIO pads with the image's minimum; background is 0 as everywhere else.
-        image = torch.where(brain, subject["image"].data.float(), 0.0)
-        return image, subject["label"].data[0].long().contiguous(), brain
+def augmented(
+    augment: Callable[[Any], Any], image: Tensor, label: Tensor, brain: Tensor, seed: int, *, masked: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A sample through a TorchIO transform.
+
+    Args:
+        augment: of a ``torchio.Subject`` with ``image``, ``label`` and ``brain``.
+        image: (C, X, Y, Z) float32.
+        label: (X, Y, Z) int64.
+        brain: (X, Y, Z) bool.
+        seed: of what it draws.
+        masked: whether all outside the brain is 0 and has to stay so.
+    """
+    import torchio as tio
+
+    subject = tio.Subject(
+        image=tio.ScalarImage(tensor=image),
+        label=tio.LabelMap(tensor=label[None].to(torch.int16)),
+        brain=tio.LabelMap(tensor=brain[None].to(torch.uint8)),
+    )
+    with torch.random.fork_rng(devices=[]):  # TorchIO draws from torch's global generator
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPU's generator too
+        subject = augment(subject)
+    brain = subject["brain"].data[0].bool().contiguous()
+    image = subject["image"].data.float().contiguous()
+    if masked:  # noise reaches the background and TorchIO pads with the image's minimum
+        image = torch.where(brain, image, 0.0)
+    return image, subject["label"].data[0].long().contiguous(), brain

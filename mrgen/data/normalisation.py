@@ -1,20 +1,31 @@
 """From stored intensities to what a network sees. A method chooses its normalisation in conf."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["MinMax", "Normalisation", "Stored", "ZScore"]
+from mrgen.data.store import StoredSubject, statistics
+from mrgen.errors import UserError
+
+__all__ = ["Gaussian", "MinMax", "Normalisation", "Stored", "ZScore", "measured_statistics", "stored_statistics"]
 
 Statistics = Mapping[str, float]
 
 
 class Normalisation(Protocol):
-    """Maps stored intensities (C, X, Y, Z) to float32 of the same shape; ``scale`` names the result."""
+    """Maps stored intensities (C, X, Y, Z) to float32 of the same shape.
+
+    Attributes:
+        scale: names the result.
+        masked: whether all outside the brain becomes 0.
+    """
 
     scale: str
+    masked: bool
 
     def __call__(self, image: Tensor, brain: Tensor, statistics: Sequence[Statistics]) -> Tensor: ...
 
@@ -31,6 +42,7 @@ class ZScore:
     """
 
     scale = "zscore"
+    masked = True
 
     def __call__(self, image: Tensor, brain: Tensor, statistics: Sequence[Statistics]) -> Tensor:
         """Normalises.
@@ -62,6 +74,7 @@ class MinMax:
     """
 
     scale = "unit"
+    masked = True
 
     def __call__(self, image: Tensor, brain: Tensor, statistics: Sequence[Statistics]) -> Tensor:
         """Normalises; arguments as of ``ZScore``, which needs ``max`` of the statistics. A scan without signal is 0."""
@@ -75,12 +88,132 @@ class MinMax:
 
 
 class Stored:
-    """Intensities as they are stored, background 0: for who normalises a subject in several ways."""
+    """Intensities as they are stored: for who normalises a subject in several ways.
+
+    Args:
+        masked: with 0 outside the brain.
+    """
 
     scale = "stored"
 
+    def __init__(self, masked: bool = True):
+        self.masked = masked
+
     def __call__(self, image: Tensor, brain: Tensor, statistics: Sequence[Statistics]) -> Tensor:
-        return image.float() * brain
+        return image.float() * brain if self.masked else image.float()
 
     def training_scale(self, statistics: Sequence[Statistics]) -> tuple[float, float]:
         return 0.0, 1.0
+
+
+class Gaussian:
+    """Zero mean and unit variance over the head; all voxels are kept, so that the background lies below −1 (Li et al.).
+
+    The head of a sequence are its voxels from a threshold on, with their holes filled slice by slice.
+
+    Args:
+        thresholds: by sequence, in the scans' own intensities (WMH 2017: T1 30, FLAIR 70). None: the head is the
+            prepared brain mask, as in skull-stripped cohorts.
+        size: voxels along x and y around the middle of every slice, which alone are looked at ("after the crop"); None:
+            whole slices.
+        whole_slices: sites whose slices are looked at as a whole whatever ``size`` is.
+    """
+
+    scale = "gaussian"
+    masked = False
+
+    def __init__(
+        self,
+        thresholds: Mapping[str, float] | None = None,
+        size: Sequence[int] | None = None,
+        whole_slices: Sequence[str] = (),
+    ):
+        self.thresholds = None if thresholds is None else dict(thresholds)
+        self.size, self.whole_slices = None if size is None else tuple(size[:2]), tuple(whole_slices)
+        self._known: dict[tuple[Path, str, str], Statistics] = {}  # by subject, revision and sequence
+
+    def __call__(self, image: Tensor, brain: Tensor, statistics: Sequence[Statistics]) -> Tensor:
+        """Normalises; ``statistics`` as ``measure`` gives them, ``brain`` is not looked at."""
+        out = torch.empty(image.shape, dtype=torch.float32, device=image.device)
+        for channel, source, s in zip(out, image, statistics, strict=True):
+            channel.copy_(source).sub_(s["head_mean"]).div_(s["head_std"])
+        return out
+
+    def measure(self, volume: np.ndarray, brain: np.ndarray, modality: str, site: str | None) -> Statistics:
+        """``head_mean`` and ``head_std`` of one sequence.
+
+        Args:
+            volume: (X, Y, Z), stored intensities.
+            brain: (X, Y, Z) bool.
+            modality: its name.
+            site: where it was scanned.
+
+        Raises:
+            UserError: no head, or one of a single value.
+        """
+        head = brain
+        if self.thresholds is not None:
+            if modality not in self.thresholds:
+                raise UserError(
+                    f"data.head names {', '.join(self.thresholds)}, not {modality}; add +data.head.{modality}=…, the "
+                    "intensity from which on a voxel is head, or set data.head=null for the prepared brain mask"
+                )
+            head = _filled(volume >= self.thresholds[modality])
+        if self.size is not None and site not in self.whole_slices:
+            starts = [max((n - m) // 2, 0) for n, m in zip(volume.shape[:2], self.size, strict=True)]
+            middle = tuple(slice(start, start + m) for start, m in zip(starts, self.size, strict=True))
+            volume, head = volume[middle], head[middle]
+        values = volume[head].astype(np.float64)
+        if len(values) == 0 or values.std() == 0:
+            asked = "the prepared brain mask" if self.thresholds is None else f"from {self.thresholds[modality]:g} on"
+            raise UserError(
+                f"{modality}: found {len(values)} voxels of head ({asked}) among values up to {volume.max():g}; set "
+                "data.head to where the head begins in these intensities, or to null for the prepared brain mask"
+            )
+        return {"head_mean": float(values.mean()), "head_std": float(values.std())}
+
+    def of(self, subject: StoredSubject, modality: str) -> Statistics:
+        """``measure`` of a stored subject, once."""
+        key = (subject.path, subject.revision, modality)
+        if key not in self._known:
+            volume = subject.read_image([modality])[0]
+            try:
+                self._known[key] = self.measure(volume, subject.read_brain(), modality, subject.site)
+            except UserError as error:
+                raise UserError(f"{subject.id}, {error}") from error
+        return self._known[key]
+
+    def training_scale(self, statistics: Sequence[Statistics]) -> tuple[float, float]:
+        count = len(statistics)
+        return sum(s["head_mean"] for s in statistics) / count, sum(s["head_std"] for s in statistics) / count
+
+
+def stored_statistics(
+    normalisation: Normalisation, subject: StoredSubject, modalities: Sequence[str]
+) -> list[Statistics]:
+    """What a normalisation needs of a prepared subject: recorded at preparation, or its own."""
+    if isinstance(normalisation, Gaussian):
+        return [normalisation.of(subject, name) for name in modalities]
+    return [subject.statistics[name] for name in modalities]
+
+
+def measured_statistics(
+    normalisation: Normalisation, volume: np.ndarray, brain: np.ndarray, modality: str, site: str | None
+) -> Statistics:
+    """The same of a scan (X, Y, Z) that is in no store."""
+    if isinstance(normalisation, Gaussian):
+        return normalisation.measure(volume, brain, modality, site)
+    return statistics(volume, brain)
+
+
+def _filled(mask: np.ndarray) -> np.ndarray:
+    """(X, Y, Z) with what each axial slice encloses: background that no path within the slice leads out of."""
+    from scipy.ndimage import generate_binary_structure, label
+
+    in_plane = generate_binary_structure(3, 1)
+    in_plane[:, :, [0, 2]] = False
+    parts, count = label(~mask, structure=in_plane)
+    outside = np.zeros(count + 1, bool)
+    for face in (parts[0], parts[-1], parts[:, 0], parts[:, -1]):
+        outside[face.ravel()] = True
+    return mask | ~outside[parts]

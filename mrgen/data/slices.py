@@ -1,6 +1,7 @@
 """Axial slices, for networks of two dimensions."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -8,7 +9,7 @@ from mrgen.data.crops import Box, BrainBox, centred_box
 from mrgen.data.store import StoredSubject
 from mrgen.errors import UserError
 
-__all__ = ["AxialSlice"]
+__all__ = ["AxialSlice", "SiteSlices"]
 
 
 class AxialSlice:
@@ -53,3 +54,91 @@ class AxialSlice:
                 break
         x, y, _ = centred_box(subject.brain_box, (*self.size, 1))
         return x, y, (z, z + 1)
+
+
+class SiteSlices:
+    """All axial slices of a scan, cut or padded to one size as Li et al. do for each site of WMH 2017.
+
+    Slices are cut around their middle, but those of a site named in ``front`` more in front than behind. Axes that are
+    too short are padded on both sides. An epoch shows every slice once but the outermost ones, which hold no lesions.
+
+    Li et al. cut rows 46 to 246 of GE3T's 256. What is at the start of the array is not said; here it is the front,
+    because the brain lies behind the middle of a head, and so long a piece behind would take its occipital lobe.
+
+    Args:
+        size: voxels along x and y.
+        front: by site, the share of the surplus along y that is cut in front; 0.5 elsewhere.
+        dropped: by site, the share of the slices that is left out at each end in training;
+        dropped_elsewhere: the same of all other sites.
+        zeroed: share of the slices at each end in which no lesion is predicted at test, rounded up.
+    """
+
+    divisor = 1
+    smallest = 16  # pixels that Li's network needs
+    cut = 0.05  # of a brain's voxels that a cut may lose
+
+    def __init__(
+        self,
+        size: Sequence[int] = (200, 200),
+        front: Mapping[str, float] | None = None,
+        dropped: Mapping[str, float] | None = None,
+        dropped_elsewhere: float = 0.0,
+        zeroed: float = 0.0,
+    ):
+        if len(size) != 2 or min(size) < self.smallest:
+            raise UserError(
+                f"data.sampling.size is {list(size)}; expected two numbers from {self.smallest} on, along x and y"
+            )
+        self.size: tuple[int, ...] = (int(size[0]), int(size[1]))
+        self.front, self.dropped = dict(front or {}), dict(dropped or {})
+        self.dropped_elsewhere, self.zeroed = dropped_elsewhere, zeroed
+        shares = {"front": [*self.front.values()], "dropped": [*self.dropped.values(), dropped_elsewhere, zeroed]}
+        for name, most in (("front", 1.0), ("dropped", 0.5)):
+            if any(not 0 <= share <= most for share in shares[name]):
+                raise UserError(f"data.sampling: shares of {name} are {shares[name]}; expected 0 to {most:g}")
+
+    def fit(self, subjects: Iterable[StoredSubject]) -> None:
+        """Raises UserError for a subject that would lose a twentieth of its brain or all slices."""
+        for subject in subjects:
+            (x0, x1), (y0, y1), _ = self.box(subject.shape, subject.site)
+            brain = subject.read_brain()
+            kept = brain[max(x0, 0) : x1, max(y0, 0) : y1].sum() / max(brain.sum(), 1)
+            if brain.any() and kept < 1 - self.cut:
+                raise UserError(
+                    f"{subject.id}: slices of {subject.shape[0]} × {subject.shape[1]} voxels, cut to "
+                    f"data.sampling.size={list(self.size)}, lose {1 - kept:.0%} of the brain; enlarge the size, or set "
+                    "data.sampling.front for the site"
+                )
+            left = {
+                "dropped": self.training(subject.shape, subject.site),
+                "zeroed": self.tested(subject.shape),
+            }
+            if none := [name for name, slices in left.items() if not len(slices)]:
+                raise UserError(
+                    f"{subject.id}: data.sampling.{none[0]} leaves none of its {subject.shape[2]} slices; lower it"
+                )
+
+    def box(self, shape: Sequence[int], site: str | None) -> Box:
+        """Where a scan's slices are cut; may exceed the scan.
+
+        Args:
+            shape: (X, Y, Z) in canonical orientation: x to the right, y to the front.
+            site: where it was scanned.
+        """
+        (x, y, z), (wide, long) = shape[:3], self.size
+        surplus = y - long
+        front = -(-surplus // 2)  # so that an odd voxel is cut where `Gaussian` and x cut it
+        if surplus > 0 and site in self.front:
+            front = round(surplus * self.front[site])
+        left, back = (x - wide) // 2, surplus - front
+        return (left, left + wide), (back, back + long), (0, z)
+
+    def training(self, shape: Sequence[int], site: str | None) -> range:
+        """The slices of a scan that training shows."""
+        ends = round(shape[2] * self.dropped.get(site or "", self.dropped_elsewhere))
+        return range(ends, shape[2] - ends)
+
+    def tested(self, shape: Sequence[int]) -> range:
+        """The slices of a scan in which lesions may be predicted."""
+        ends = math.ceil(round(shape[2] * self.zeroed, 6))
+        return range(ends, shape[2] - ends)

@@ -194,12 +194,13 @@ def explicit_split(train: Sequence[str], val: Sequence[str], test: Sequence[str]
 # with the value below; any other value would be silently ignored and is an error.
 _KEYS = {
     "ratio": ("seed", "val", "test", "stratify"),
-    "folds": ("seed", "val", "stratify", "folds", "fold"),
+    "folds": ("seed", "val", "stratify", "sites", "folds", "fold"),
     "explicit": ("train", "val", "test"),
     "file": ("file",),
 }
 _DEFAULTS: dict[str, Any] = {
     "seed": 0, "val": 0.2, "test": 0.0, "stratify": None, "folds": 6, "fold": 0, "train": None, "file": None,
+    "sites": None,
 }  # fmt: skip
 
 
@@ -211,7 +212,7 @@ def make_split(subjects: Sequence[Subject], conf: Mapping[str, Any]) -> Split:
         conf: `kind` and what it reads:
             ratio (default): `val` 0.2 and `test` 0.0, fractions of the patients; `seed` 0; `stratify` null.
             folds: `folds` 6, `fold` 0; `val` 0.2, a fraction of the patients that are not tested, or a whole number
-            of them; `seed`; `stratify`.
+            of them; `seed`; `stratify`; `sites`, names that must all have subjects where `stratify` is site.
             explicit: `train`, `val`, `test`, lists of subject ids.
             file: `file`, a JSON file as `Split.save` writes it.
     """
@@ -235,6 +236,8 @@ def make_split(subjects: Sequence[Subject], conf: Mapping[str, Any]) -> Split:
         fractions = (round(1 - val - test, 9), val, test)  # rounded, or 1 - 0.8 - 0.2 would be a little below 0
         split = ratio_split(subjects, fractions, seed=_integer(values, "seed"), stratify=values["stratify"])
     elif kind == "folds":
+        if values["stratify"] == "site":
+            _check_sites(subjects, values["sites"])
         val = _number(values, "val")
         split = fold_split(
             subjects,
@@ -256,6 +259,17 @@ def make_split(subjects: Sequence[Subject], conf: Mapping[str, Any]) -> Split:
         split.check(known)
     _check_patients(split, subjects)
     return split
+
+
+def _check_sites(subjects: Sequence[Subject], expected: Sequence[str] | None) -> None:
+    """A challenge that ships one archive a site is easily unpacked in part, and folds would be of fewer sites."""
+    found = Counter(subject.site for subject in subjects)
+    if absent := [site for site in expected or () if site not in found]:
+        have = ", ".join(f"{site} ({number})" for site, number in found.items())
+        raise UserError(
+            f"split: data.split.sites expects {', '.join(expected or ())}, found {have}, none of {', '.join(absent)}. "
+            "Unpack and prepare them, or set data.split.sites to null."
+        )
 
 
 def _by_patient(subjects: Sequence[Subject]) -> dict[str, list[Subject]]:

@@ -2,6 +2,7 @@
 
     output/<id>/<id>_<target>_synthetic.nii.gz   voxel for voxel on the subject's own scans
     output/<id>/<id>_<target>_variance.nii.gz    likewise, where the method has a variance
+    output/<id>/<id>_segmentation.nii.gz         likewise, where the method finds lesions
     output/<id>/<id>_<target>.json               what they were made from; that it is there means done
 
 Everything is written under hidden names first, the json last. Where a killed process left a hidden json, the hidden
@@ -11,7 +12,7 @@ images beside it are whole and only have to be renamed; where it left none, they
 import gzip
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,13 @@ class SyntheticFiles:
     Args:
         output: folder of all subjects' folders; need not be there.
         id: the subject's.
-        target: the synthesised sequence.
+        target: the synthesised sequence, or whatever else the json is to be named after.
+        images: names of the images that there may be: ``t2_synthetic``, ``t2_variance``, ``segmentation``.
     """
 
-    def __init__(self, output: Path, id: str, target: str):
+    def __init__(self, output: Path, id: str, target: str, images: Sequence[str]):
         self.folder = output / id
-        self.mean = self.folder / f"{id}_{target}_synthetic.nii.gz"
-        self.variance = self.folder / f"{id}_{target}_variance.nii.gz"
+        self.images = {name: self.folder / f"{id}_{name}.nii.gz" for name in images}
         self.record = self.folder / f"{id}_{target}.json"
 
     def why_make(self, made_from: Mapping[str, Any]) -> str | None:
@@ -49,7 +50,7 @@ class SyntheticFiles:
             None where they are there, made from the same; ``new``, or what changed: ``checkpoint changed``.
 
         Raises:
-            UserError: one of the names is taken by a file that mrgen did not write.
+            UserError: one of the names is taken by a file that mrgen did not write, or wrote for another target.
         """
         if not self.folder.is_dir():
             return "new"
@@ -64,18 +65,17 @@ class SyntheticFiles:
         changed = [key for key in {**before, **made_from} if before.get(key) != made_from.get(key)]
         return f"{', '.join(changed)} changed" if changed else None
 
-    def save(self, mean: bytes, variance: bytes | None, record: Mapping[str, Any]) -> None:
+    def save(self, contents: Mapping[str, bytes], record: Mapping[str, Any]) -> None:
         """Writes the files in place of earlier ones.
 
         Args:
-            mean: content of the synthesis' file.
-            variance: of the variance's, or None; an earlier one is then removed.
+            contents: of the images that there are, by name; earlier ones of other names are removed.
             record: content of the json, with ``made_from``; ``files`` is added.
 
         Raises:
-            UserError: the folder cannot be written.
+            UserError: the folder cannot be written, or as of ``why_make``.
         """
-        images = {self.mean: mean} | ({} if variance is None else {self.variance: variance})
+        images = {self.images[name]: content for name, content in contents.items()}
         table = json.dumps({**record, "files": [path.name for path in images]}, indent=1).encode()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -95,29 +95,37 @@ class SyntheticFiles:
             raise UserError(f"output: {self.folder} cannot be written ({error.strerror or error})") from error
 
     def _ours(self) -> dict[str, Any] | None:
-        """The record of what is there, None where nothing is. Raises UserError for a file that mrgen did not write."""
+        """The record of what is there, None where nothing is. Raises UserError for a file of somebody else."""
         record = _read(self.record)
         names = [] if record is None else [self.record.name, *record["files"]]
-        for path in (self.mean, self.variance, self.record):
+        for path in (*self.images.values(), self.record):
             if path.name not in names and os.path.lexists(path):
-                raise UserError(
-                    f"{path} is there, and mrgen-synthesize did not write it; move it away or choose another output"
-                )
+                records = {other.name: _read(other) for other in sorted(self.folder.glob("*.json"))}
+                owner = next((name for name, other in records.items() if other and path.name in other["files"]), None)
+                said = f"belongs to {owner}" if owner else "mrgen-synthesize did not write it"
+                raise UserError(f"{path} is there, and {said}; move it away or choose another output")
         return record
 
     def _finish_or_clear(self) -> None:
-        record = _read(_hidden(self.record))
-        if record is None:
-            return self._clear()
-        for path in (self.mean, self.variance):
-            if _hidden(path).is_file():
-                os.replace(_hidden(path), path)
-            elif path.name not in record["files"]:  # of another number of samples
-                path.unlink(missing_ok=True)
-        os.replace(_hidden(self.record), self.record)
+        names = {path.name for path in self.images.values()}
+        for hidden in self.folder.glob(".*.json.partial"):  # another target's too, if it has an image of our names
+            record = _read(hidden)
+            if record is not None and names & {*record["files"]}:
+                self._finish(record, self.folder / hidden.name[1:].removesuffix(".partial"))
+        self._clear()
+
+    def _finish(self, record: Mapping[str, Any], path: Path) -> None:
+        """Renames what a hidden record lists, and the record itself to ``path``."""
+        earlier = _read(path)
+        for image in (self.folder / name for name in record["files"]):
+            if _hidden(image).is_file():
+                os.replace(_hidden(image), image)
+        for name in {*(earlier["files"] if earlier else ())} - {*record["files"]}:  # another number of samples, method
+            (self.folder / name).unlink(missing_ok=True)
+        os.replace(_hidden(path), path)
 
     def _clear(self) -> None:
-        for path in (self.record, self.mean, self.variance):  # the json first: without the others it says nothing
+        for path in (self.record, *self.images.values()):  # the json first: without the others it says nothing
             _hidden(path).unlink(missing_ok=True)
 
     @contextmanager
@@ -142,7 +150,8 @@ def _read(path: Path) -> dict[str, Any] | None:
     """A json of ours, or None where there is none, or half of one, or somebody else's."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return record if isinstance(record["made_from"], dict) and isinstance(record["files"], list) else None
+        ours = isinstance(record["made_from"], dict) and isinstance(record["files"], list)
+        return record if ours and all(name == Path(name).name for name in record["files"]) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -164,7 +173,7 @@ def nifti_bytes(volume: np.ndarray, affine: np.ndarray, description: str, header
     """A gzipped NIfTI file.
 
     Args:
-        volume: (X, Y, Z) float32, axes as ``affine`` says.
+        volume: (X, Y, Z) float32, or uint8 of labels, axes as ``affine`` says.
         affine: 4×4, voxels to RAS+ world.
         description: what the file holds, at most 79 characters.
         header: of the scan that it overlays, whose units and codes are kept; None for a plain one.
@@ -177,7 +186,7 @@ def nifti_bytes(volume: np.ndarray, affine: np.ndarray, description: str, header
     kind = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
     if header is not None:
         header = header.copy()
-        header.set_data_dtype(np.float32)
+        header.set_data_dtype(volume.dtype)
         header.set_slope_inter(1, 0)
         header.set_data_offset(0)  # there may have been extensions before the voxels
         header.set_intent("none")

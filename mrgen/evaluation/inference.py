@@ -31,6 +31,7 @@ def infer(
     margin: int = 0,
     fits: int | None = None,
     batch: int = 1,
+    minimum: bool = False,
 ) -> Tensor:
     """The network's answer for a whole volume.
 
@@ -42,8 +43,8 @@ def infer(
     Args:
         predict: (B, C, x, y, z) to (B, C', x, y, z), or (B, C, a, b) to (B, C', a, b) for slices.
         image: (B, C, X, Y, Z).
-        box: what is computed, such as the brain's box; what exceeds the volume is padded with 0, and the answer is 0
-            outside it. Default: the volume.
+        box: what is computed, such as the brain's box; what exceeds the volume is padded, and the answer is 0 outside
+            it. Default: the volume.
         tile: voxels along x, y, z that the network was trained to see; 0 is the whole axis, and one axis of 1 makes
             slices.
         divisor: what every axis that the network sees must be a multiple of; padded with 0 where it is not.
@@ -51,13 +52,19 @@ def infer(
         margin: voxels with which ``predict`` surrounds what it is given, on each side.
         fits: the most voxels that a pass may have, margins included; None is no limit.
         batch: patches or slices of one pass.
+        minimum: what exceeds the volume is padded with each channel's least value and not with 0.
 
     Returns:
         (B, C', X, Y, Z) float32.
     """
     if len(tile) != 3 or list(tile).count(1) > 1 or any(n < 0 for n in tile):
         raise ValueError(f"tile is {tuple(tile)}; expected voxels along x, y, z, 0 for a whole axis, 1 for at most one")
-    x = image if box is None else _crop(image, box)
+    x = image
+    if box is not None:
+        x = _crop(image, box)
+        if minimum:
+            inside = _crop(torch.ones_like(image[:1, :1], dtype=torch.bool), box)  # (1, 1, x, y, z)
+            x = torch.where(inside, x, image.amin((2, 3, 4), keepdim=True))
     if 1 in tile:
         axis = list(tile).index(1)
         size = [n for i, n in enumerate(tile) if i != axis]
@@ -172,7 +179,8 @@ class _Whole(nn.Module):
 
     Args:
         model: answers ``Synthesizer`` or ``Segmenter``; networks may say their ``divisor`` and ``reach``, a ``grid`` of
-            which tiles must be multiples where it is not the divisor, and a ``margin`` that they surround volumes with.
+            which tiles must be multiples where it is not the divisor, a ``margin`` that they surround volumes with, and
+            that they want volumes padded with their minimum (``pads_with_minimum``).
         tile: what the method was trained to see, as in ``infer``; None is the whole volume.
         batch: patches or slices of one pass.
 
@@ -214,6 +222,7 @@ class _Whole(nn.Module):
             margin=self.margin,
             fits=fits,
             batch=self.batch,
+            minimum=getattr(self.model, "pads_with_minimum", False),
         )
 
     def _fits(self, predict: Callable[[object, Tensor], Tensor], x: Tensor) -> int | None:

@@ -5,7 +5,7 @@ the syntheses are only compared with the real sequences.
 """
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from mrgen.data.batch import IGNORED, Batch, volumes
-from mrgen.data.crops import surrounding_box
-from mrgen.data.normalisation import Normalisation
+from mrgen.data.crops import Box
+from mrgen.data.normalisation import Normalisation, stored_statistics
 from mrgen.data.store import StoredSubject, bounding_box, statistics
 from mrgen.errors import UserError
 from mrgen.evaluation.unit_scale import rescaled, unit_errors
@@ -72,8 +72,8 @@ class Swap(LightningModule):
             it by its own statistics would hide its bias; one on another scale enters through the segmenter's
             normalisation. None: all see the batch as it is, and share its scale.
         subjects: by id, whose recorded statistics the normalisations need.
-        boxes: by row name, the voxels along x, y, z of the box in which a network was trained to see brains. It sees
-            the brain in that box, or in a larger one where the brain needs it; those without a name see the batch.
+        boxes: by row name, what a network is to see of a subject, (start, stop) of x, y, z: called with the box of the
+            brain, the shape of the volume and the site. Those without a name see the batch.
         pictured: id of the subject whose slices are kept for the figures.
         seed: with subject and row name it seeds what a synthesizer draws.
 
@@ -102,7 +102,7 @@ class Swap(LightningModule):
         regions: Mapping[str, Sequence[int]],
         normalisations: Mapping[str, Normalisation] | None = None,
         subjects: Mapping[str, StoredSubject] | None = None,
-        boxes: Mapping[str, Sequence[int]] | None = None,
+        boxes: Mapping[str, Callable[[Sequence[Sequence[int]], Sequence[int], str | None], Box]] | None = None,
         pictured: str | None = None,
         seed: int = 0,
     ):
@@ -113,11 +113,8 @@ class Swap(LightningModule):
         self.networks = nn.ModuleList(model for model in models if isinstance(model, nn.Module))
         self.networks.eval().requires_grad_(False)
         self.modalities, self.regions, self.pictured, self.seed = tuple(modalities), dict(regions), pictured, seed
-        self.normalisations, self.boxes, self.subjects = (
-            dict(normalisations or {}),
-            dict(boxes or {}),
-            dict(subjects or {}),
-        )
+        self.normalisations, self.boxes = dict(normalisations or {}), dict(boxes or {})
+        self.subjects = dict(subjects or {})
         self.rows: list[dict[str, Any]] = []
         self.calibration: list[dict[str, Any]] = []
         self.slices: dict[str, dict[str, Any]] = {}
@@ -144,7 +141,7 @@ class Swap(LightningModule):
         done: dict[Normalisation, Volumes] = {}  # methods may share a normalisation
         for name, normalisation in self.normalisations.items():
             if normalisation not in done:
-                recorded = [self.subjects[id].statistics[modality] for modality in self.modalities]
+                recorded = stored_statistics(normalisation, self.subjects[id], self.modalities)
                 image = normalisation(batch["image"][0], brain[0], recorded)[None]
                 done[normalisation] = volumes({**batch, "image": image}, self.modalities)
             views[name] = done[normalisation]
@@ -205,8 +202,8 @@ class Swap(LightningModule):
         """What a wrapped network is told. Estimators see the volume: Search compares it with training volumes."""
         if name not in self.boxes or not isinstance(method, nn.Module):
             return {}
-        divisor = int(getattr(method, "divisor", 1))
-        return {"box": surrounding_box(subject.brain_box, self.boxes[name], divisor)}
+        known = self.subjects.get(subject.id)
+        return {"box": self.boxes[name](subject.brain_box, subject.brain.shape[1:], known.site if known else None)}
 
     def _synthesize(self, name: str, subject: "_Subject") -> Synthesis:
         """Whatever was judged before, and on whichever rank, dropout draws the same for this subject and row."""

@@ -25,7 +25,7 @@ from mrgen.protocols import Segmenter, Synthesizer
 
 __all__ = ["evaluate"]
 
-STORED = {"_target_": "mrgen.data.normalisation.Stored"}
+STORED = {"_target_": "mrgen.data.normalisation.Stored", "masked": False}
 
 
 def evaluate(conf: DictConfig, out_dir: Path) -> Path:
@@ -45,7 +45,7 @@ def evaluate(conf: DictConfig, out_dir: Path) -> Path:
         UserError: runs that do not fit together, or an evaluated subject that one of them was trained on.
     """
     check(conf)
-    seed, folders = checked_seed(conf.seed), _folders(conf)
+    seed, folders = checked_seed(conf.seed), finished_runs(conf)
     segmenter = _segmenter(conf)
     runs = [load_run(path) for path in folders]
     if len({run.checkpoint.resolve() for run in runs}) < len(runs):
@@ -54,8 +54,8 @@ def evaluate(conf: DictConfig, out_dir: Path) -> Path:
         if hasattr(run.model, "mc_samples"):  # the others have no samples to draw
             run.draw_samples(mc_samples=conf.mc_samples, mc_batch=conf.mc_batch)
     parts = []
-    for group in [runs] if segmenter or conf.subjects == "all" else _by_subjects(conf, runs):
-        parts.append((_datamodule(conf, segmenter, group), dict(zip(_named(group, segmenter), group, strict=True))))
+    for group in [runs] if segmenter or conf.subjects == "all" else by_subjects(conf, runs):
+        parts.append((whole_volumes(conf, segmenter, group), dict(zip(_named(group, segmenter), group, strict=True))))
     _check_same_subjects(parts)
     notes = [note for datamodule, named in parts for note in _notes(conf, datamodule, segmenter, named)]
     judged = Judged(notes=list(dict.fromkeys(notes)))  # folds say the same
@@ -85,7 +85,7 @@ def _segmenter(conf: DictConfig) -> Run | None:
     return segmenter
 
 
-def _folders(conf: DictConfig) -> list[Any]:
+def finished_runs(conf: DictConfig) -> list[Any]:
     """Of the runs to judge."""
     if conf.runs is None or not OmegaConf.is_list(conf.runs):
         raise UserError(f"runs is {conf.runs}; expected a list: runs=[{conf.runs}]")
@@ -113,7 +113,7 @@ def _of_sweep(folder: Path) -> list[Path]:
     return sorted(finished, key=job)
 
 
-def _by_subjects(conf: DictConfig, runs: list[Run]) -> list[list[Run]]:
+def by_subjects(conf: DictConfig, runs: list[Run]) -> list[list[Run]]:
     """Runs that are judged on the same subjects, in the order given."""
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:  # stores may share ids
@@ -151,7 +151,7 @@ def _swap(datamodule: CohortDataModule, segmenter: Run | None, runs: Mapping[str
         regions=datamodule.store.layout.regions,
         normalisations={name: normalisation(run) for name, run in {**judges, **runs}.items()},
         subjects=datamodule.store.subjects,
-        boxes={name: run.box for name, run in {**judges, **runs}.items()},
+        boxes={name: run.view for name, run in {**judges, **runs}.items()},
         pictured=_pictured(datamodule),
         seed=seed,
     )
@@ -180,12 +180,13 @@ def _named(runs: list[Run], segmenter: Run | None) -> list[str]:
     return names
 
 
-def _datamodule(conf: DictConfig, segmenter: Run | None, runs: list[Run]) -> CohortDataModule:
+def whole_volumes(conf: DictConfig, segmenter: Run | None, runs: list[Run]) -> CohortDataModule:
     """Whole volumes of the evaluated subjects in stored intensities."""
     first = segmenter or runs[0]
     modalities = first.description["data"]["modalities"]
     if segmenter is None:  # another store may lack what nobody needs
-        needed = {name for run in runs for name in (*run.model.sources, run.model.targets[0])}
+        targets = [getattr(run.model, "targets", (str(run.conf.target),)) for run in runs]  # a segmenter shows its own
+        needed = {name for run, made in zip(runs, targets, strict=True) for name in (*run.model.sources, *made)}
         modalities = [*(name for name in modalities if name in needed), *sorted(needed - set(modalities))]
     changes: dict[str, Any] = {
         "modalities": modalities,
@@ -250,7 +251,7 @@ def _notes(
         other = [name for name, run in named.items() if run.model.scale != scale]
         if other:
             notes.append(f"Normalised anew, by their own statistics, for the segmenter ({scale}): {', '.join(other)}.")
-    return notes + _check_leaks(datamodule, everyone, datamodule.split.test)
+    return notes + check_leaks(datamodule, everyone, datamodule.split.test)
 
 
 def _named_file(run: Run) -> Path:
@@ -258,7 +259,7 @@ def _named_file(run: Run) -> Path:
     return Path(*run.checkpoint.parts[-4:])
 
 
-def _check_leaks(datamodule: CohortDataModule, runs: list[Run], ids: tuple[str, ...]) -> list[str]:
+def check_leaks(datamodule: CohortDataModule, runs: list[Run], ids: tuple[str, ...]) -> list[str]:
     """Refuses subjects whose patient a run was trained on; says where one served to select a checkpoint."""
     notes = []
     subjects = datamodule.store.subjects

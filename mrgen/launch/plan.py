@@ -89,7 +89,7 @@ def plan(conf: DictConfig) -> dict[str, Any]:
     if half:  # autocast does not know the meta device; under it the layers keep their tensors in half precision
         activations //= 2
     operations = counter.get_total_flops()
-    epochs = int(conf.trainer.max_epochs)
+    epochs = int(conf.trainer.max_epochs) * getattr(model, "stages", 1)
     hours = None if steps is None else steps * epochs * operations / _rate(half) / 3600
     return {
         "parameters": parameters,

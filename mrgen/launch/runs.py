@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from mrgen.callbacks.provenance import KEY
+from mrgen.data.crops import Box, surrounding_box
+from mrgen.data.normalisation import Normalisation
+from mrgen.data.slices import SiteSlices
 from mrgen.data.splits import Split
 from mrgen.errors import UserError
 from mrgen.evaluation.inference import WholeSynthesizer
@@ -57,14 +61,37 @@ class Run:
     @property
     def tile(self) -> list[int] | None:
         """Voxels along x, y, z of the patches that the network is to see, 0 for a whole axis; None for whole brains."""
-        if self._sampling.endswith(".AxialSlice"):
+        if self._sampling.endswith((".AxialSlice", ".SiteSlices")):
             return [0, 0, 1]
         return plain(self.conf.data.sampling.size) if self._sampling.endswith(".RandomPatch") else None
 
     @property
-    def box(self) -> list[int]:
-        """Voxels along x, y, z of the box in which a network was trained to see brains; 0 where it saw no such box."""
-        return list(self.description["data"]["box"]) if self._sampling.endswith(".BrainBox") else [0, 0, 0]
+    def slices(self) -> SiteSlices | None:
+        """How the network was shown the slices of a site; None where it was shown something else."""
+        return instantiate_mrgen(self.conf.data.sampling) if self._sampling.endswith(".SiteSlices") else None
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """Of its training."""
+        return instantiate_mrgen(self.description["data"]["normalisation"])
+
+    def view(self, brain_box: Sequence[Sequence[int]], shape: Sequence[int], site: str | None) -> Box:
+        """What a network is to see of a subject: (start, stop) of x, y, z.
+
+        Its slices as they were cut in training, or a box around the brain, as large as in training where that was a
+        box, and larger where the brain is.
+
+        Args:
+            brain_box: around the brain.
+            shape: (X, Y, Z) of the volume.
+            site: where it was scanned.
+        """
+        if (slices := self.slices) is not None:
+            return slices.box(shape, site)
+        boxed = self._sampling.endswith(".BrainBox")
+        grid = getattr(self.model, "grid", None)
+        divisor = int(getattr(self.model, "divisor", 1) if grid is None else grid)
+        return surrounding_box(brain_box, self.description["data"]["box"] if boxed else (0, 0, 0), divisor)
 
     def synthesizer(self) -> Synthesizer:
         """The model as it is given whole volumes: networks see what they were trained to see, estimators the volume."""
@@ -85,7 +112,7 @@ class Run:
 
         Its intensities could not be told then, and a segmenter of such data would be misled without a word.
         """
-        made, known = getattr(self.model, "scale", None), instantiate_mrgen(self.description["data"]["normalisation"])
+        made, known = getattr(self.model, "scale", None), self.normalisation
         if made != known.scale:
             raise UserError(
                 f"{self.conf.name} makes values on the scale {made!r} and was trained on data on the scale "

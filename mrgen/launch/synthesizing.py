@@ -13,8 +13,7 @@ from mrgen.data.cohorts import Layout, Problem, SubjectFiles, find_subjects, rea
 from mrgen.data.synthetic_files import SyntheticFiles
 from mrgen.errors import UserError
 from mrgen.launch.paths import CONF_DIR
-from mrgen.launch.trained import Scans, TrainedSynthesizer
-from mrgen.protocols import Synthesis
+from mrgen.launch.trained import Made, Scans, TrainedMethod
 
 __all__ = ["synthesize"]
 
@@ -30,7 +29,7 @@ class _Job:
 
 
 def synthesize(conf: DictConfig) -> int:
-    """Synthesises the missing sequence of every subject below a folder; one line says what became of each.
+    """Makes the missing sequence, the lesions or both of every subject below a folder; one line a subject.
 
     Args:
         conf: composed config of ``conf/synthesize.yaml``.
@@ -51,8 +50,8 @@ def synthesize(conf: DictConfig) -> int:
         raise UserError(f"input={root} and output={output} lie in one another; the output needs a folder of its own")
     if output.exists() and not output.is_dir():
         raise UserError(f"output={output} is a file; expected a folder, or a name for one")
-    method = TrainedSynthesizer(conf)
-    _say(f"{method.name} ({conf.checkpoint}): {', '.join(method.sources)} -> {method.target}")
+    method = TrainedMethod(conf)
+    _say(f"{method.name} ({conf.checkpoint}): {', '.join(method.sources)} -> {', '.join(method.makes)}")
     layout = _find_layout(None if conf.layout is None else str(conf.layout), method, root)
 
     subjects, problems = find_subjects(layout, root, method.sources)
@@ -60,7 +59,7 @@ def synthesize(conf: DictConfig) -> int:
     _say(*_lines(problems, layout, method.sources))
     jobs: list[_Job] = []
     for subject in subjects:
-        files = SyntheticFiles(output, subject.id, method.target)
+        files = SyntheticFiles(output, subject.id, method.makes[0], method.images)
         try:
             made_from = method.made_from(subject, layout)
             reason = files.why_make(made_from)
@@ -81,24 +80,24 @@ def synthesize(conf: DictConfig) -> int:
         for job, reading in _read_ahead(pool, method, layout, jobs):
             try:
                 scans = reading.result()
-                synthesis = method.synthesize(scans)
+                made = method.make(scans)
             except UserError as error:
                 left_out.add(job.subject.id)
                 _say(str(error))
             else:
                 if writing is not None:
                     _say(writing.result())
-                writing = pool.submit(_save, method, job, layout, scans, synthesis, started)
+                writing = pool.submit(_save, method, job, layout, scans, made, started)
             started = time.perf_counter()
         if writing is not None:
             _say(writing.result())
-    made = sum(job.subject.id not in left_out for job in jobs)
-    _say(f"{made} made, {skipped} skipped, {len(left_out)} left out: {output}")
+    done = sum(job.subject.id not in left_out for job in jobs)
+    _say(f"{done} made, {skipped} skipped, {len(left_out)} left out: {output}")
     return len(left_out)
 
 
 def _read_ahead(
-    pool: Executor, method: TrainedSynthesizer, layout: Layout, jobs: Iterable[_Job]
+    pool: Executor, method: TrainedMethod, layout: Layout, jobs: Iterable[_Job]
 ) -> Iterator[tuple[_Job, Future[Scans]]]:
     """Jobs with their scans, those of the next one on the way while the caller works on this one."""
     ready: tuple[_Job, Future[Scans]] | None = None
@@ -111,18 +110,16 @@ def _read_ahead(
         yield ready
 
 
-def _save(
-    method: TrainedSynthesizer, job: _Job, layout: Layout, scans: Scans, synthesis: Synthesis, started: float
-) -> str:
+def _save(method: TrainedMethod, job: _Job, layout: Layout, scans: Scans, made: Made, started: float) -> str:
     """Writes a subject's files, and returns the line that says so."""
-    mean, variance, record = method.files(scans, synthesis)
-    job.files.save(mean, variance, {**record, "layout": layout.name, "made_from": job.made_from})
+    images, record = method.files(scans, made)
+    job.files.save(images, {**record, "layout": layout.name, "made_from": job.made_from})
     again = "" if job.reason == "new" else f" anew ({job.reason})"
     seconds = time.perf_counter() - started
-    return f"{scans.id}: found {', '.join(method.sources)}; made {method.target}{again} in {seconds:.1f} s"
+    return f"{scans.id}: found {', '.join(method.sources)}; made {', '.join(method.makes)}{again} in {seconds:.1f} s"
 
 
-def _find_layout(asked: str | None, method: TrainedSynthesizer, root: Path) -> Layout:
+def _find_layout(asked: str | None, method: TrainedMethod, root: Path) -> Layout:
     """The layout of the scans, freed of labels: the one asked for, the run's own, or the only shipped one that fits."""
     shipped = read_layouts(CONF_DIR / "data" / "layout")
     layout = method.layout

@@ -29,8 +29,10 @@ from mrgen.papers.brain_clustering.estimator import Estimator
 
 __all__ = ["build_datamodule", "build_trainer", "checked_seed", "fill_from_store", "train"]
 
-# Keys of the group ``data`` that mrgen-prepare reads; the rest are the datamodule's arguments.
-PREPARATION = ("name", "root", "layout", "phantom")
+# Keys of the group ``data`` that say what a cohort is; the rest are the datamodule's arguments.
+PREPARATION = ("name", "root", "layout", "phantom", "head")
+# Normalisations by the scale that they give.
+KINDS = {"zscore": "ZScore", "unit": "MinMax", "gaussian": "Gaussian"}
 
 
 def fill_from_store(conf: DictConfig) -> None:
@@ -196,7 +198,7 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
         raise UserError(
             f"{type(model).__name__} works on the scale {model.scale!r} and data.normalisation gives "
             f"{datamodule.normalisation.scale!r}; set data.normalisation._target_=mrgen.data.normalisation."
-            f"{'MinMax' if model.scale == 'unit' else 'ZScore'}"
+            f"{KINDS.get(model.scale, model.scale)}"
         )
     if isinstance(model, Estimator):
         check(model, datamodule)
@@ -238,7 +240,8 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
     # worse checkpoint in its place.
     callbacks.append(_Checkpoint(checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False))
     with _loggers(conf, run_dir, csv) as loggers:
-        trainer = build_trainer(conf.trainer, run_dir, callbacks=callbacks, loggers=loggers)
+        trainer_conf = _with_stages(conf, getattr(model, "stages", 1))
+        trainer = build_trainer(trainer_conf, run_dir, callbacks=callbacks, loggers=loggers)
         if not datamodule.split.val:
             trainer.limit_val_batches = 0
         elif len(datamodule.split.val) < trainer.world_size:
@@ -248,6 +251,19 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
             )
         trainer.fit(model, datamodule=datamodule, ckpt_path=last if resumed_step >= 0 else None, weights_only=True)
     return run_dir
+
+
+def _with_stages(conf: DictConfig, stages: int) -> DictConfig:
+    """The trainer's config of a model that trains in several stages, each of ``trainer.max_epochs`` epochs."""
+    epochs = conf.trainer.max_epochs
+    if stages == 1:
+        return conf.trainer
+    if not epochs or epochs < 1:
+        raise UserError(
+            f"trainer.max_epochs is {epochs}; {conf.name} trains in {stages} stages of so many epochs, and needs a "
+            "number from 1 on"
+        )
+    return OmegaConf.create({**conf.trainer, "max_epochs": stages * epochs})
 
 
 def _keep_settings(conf: DictConfig, datamodule: CohortDataModule, run_dir: Path) -> None:

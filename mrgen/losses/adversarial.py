@@ -5,11 +5,13 @@ Cross entropy is Pix2Pix's loss; ``least_squares`` is that of LSGAN (Mao et al. 
 0 as it is.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["discriminator_loss", "generator_loss"]
+__all__ = ["discriminator_loss", "feature_matching", "generator_loss"]
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, *, least_squares: bool = False) -> Tensor:
@@ -45,3 +47,28 @@ def _distance(logits: Tensor, label: float, least_squares: bool) -> Tensor:
     logits = logits.float()
     loss = F.mse_loss if least_squares else F.binary_cross_entropy_with_logits
     return loss(logits, torch.full_like(logits, label))
+
+
+def feature_matching(real: Sequence[Tensor], fake: Sequence[Tensor], *, output: bool = True) -> Tensor:
+    """Squared distance of what a discriminator makes of real and of synthesised images, stage by stage.
+
+    Equation 2 of SAMR (Guo et al. 2020): the mean square of each stage, summed over the stages, the logits included.
+    Pix2pixHD, where the loss comes from, takes absolute distances and leaves the logits out.
+
+    Args:
+        real: the features of one discriminator, of any shapes, the logits last; they get no gradient.
+        fake: shaped like ``real``. Both hold the samples that count and no others; there may be none.
+        output: whether the last, the logits, counts too.
+
+    Returns:
+        A float32 scalar; 0 with a gradient of zeros where no sample counts.
+    """
+    stages = list(zip(real, fake, strict=True))
+    stages = stages if output else stages[:-1]
+    # Broadcasting would compare one sample with all.
+    if any(r.shape != f.shape for r, f in stages):
+        raise ValueError(
+            f"expected features of equal shapes, found {[tuple(r.shape) for r in real]} and "
+            f"{[tuple(f.shape) for f in fake]}"
+        )
+    return torch.stack([(f.float() - r.detach().float()).square().sum() / max(f.numel(), 1) for r, f in stages]).sum()

@@ -10,8 +10,9 @@ from mrgen.data.batch import volumes
 from mrgen.data.crops import BrainBox, RandomPatch
 from mrgen.data.datamodule import CohortDataModule
 from mrgen.data.layouts import Layout
-from mrgen.data.normalisation import ZScore
+from mrgen.data.normalisation import Gaussian, ZScore
 from mrgen.data.sampler import TrainingSampler
+from mrgen.data.slices import SiteSlices
 from mrgen.data.store import Store, write_cohort, write_subject
 from mrgen.errors import UserError
 from mrgen.launch.paths import CONF_DIR
@@ -241,6 +242,121 @@ def test_a_resumed_training_sees_what_an_uninterrupted_one_sees(phantom_store, t
         sampler.set_epoch(epoch)
         expected += [(epoch, [datamodule.split.train[which]]) for *_, which in sampler]
     assert [entry[:2] for entry in uninterrupted] == expected
+
+
+# ----- slices by site ------------------------------------------------------------------------------------------------
+
+
+def sliced(store, **changes):
+    """By site 30, 29 and 29 slices of two subjects; 3 of each end are no training and 4 no validation."""
+    settings = {
+        "modalities": ("t1", "flair"),
+        "split": {"kind": "folds", "folds": 2, "fold": 0, "val": 1, "stratify": "site"},
+        "normalisation": Gaussian({"t1": 80, "flair": 110}, size=(48, 48), whole_slices=["GE3T"]),
+        "sampling": SiteSlices((48, 48), front={"GE3T": 0.8}, dropped_elsewhere=0.1, zeroed=0.125),
+        "batch_size": 4,
+        **changes,
+    }
+    return make(store, **settings)
+
+
+def test_a_sample_of_training_is_a_slice_and_a_batch_of_validation_a_subject(wmh_store):
+    datamodule = sliced(wmh_store)
+    assert [len(part) for part in (datamodule.split.train, datamodule.split.val, datamodule.split.test)] == [2, 1, 3]
+    batch = next(iter(datamodule.train_dataloader()))
+    assert (batch["image"].dtype, tuple(batch["image"].shape)) == (torch.float32, (4, 2, 48, 48))
+    assert (batch["label"].dtype, tuple(batch["label"].shape)) == (torch.int64, (4, 48, 48))
+    assert (batch["brain"].dtype, tuple(batch["brain"].shape)) == (torch.bool, (4, 48, 48))
+    assert tuple(batch["spacing"].shape) == (4, 3)
+    (whole,) = datamodule.val_dataloader()
+    shown = len(datamodule.sampling.tested(datamodule.store.subjects[datamodule.split.val[0]].shape))
+    assert tuple(whole["image"].shape) == (shown, 2, 48, 48)
+    assert whole["subject"] == [datamodule.split.val[0]] * shown
+    (test, *_) = datamodule.test_dataloader()
+    assert test["image"].ndim == 5  # whole volumes, which an evaluation cuts itself
+
+
+def test_an_epoch_of_slices_shows_each_of_the_training_subjects_once(wmh_store):
+    datamodule = sliced(wmh_store, batch_size=1)
+    expected = {
+        subject.id: len(datamodule.sampling.training(subject.shape, subject.site))
+        for subject in datamodule.training_subjects()
+    }
+    assert set(expected.values()) <= {23, 24}
+    loader = datamodule.train_dataloader()
+    assert len(loader) == datamodule.train_steps() == sum(expected.values())
+    seen, images = [], set()
+    for batch in loader:
+        seen += batch["subject"]
+        images.add(batch["image"].numpy().tobytes())
+    assert {id: seen.count(id) for id in expected} == expected
+    assert len(images) == sum(expected.values())
+    assert seen != sorted(seen)
+    for world_size, batch_size in ((1, 4), (2, 5)):
+        datamodule = sliced(wmh_store, batch_size=batch_size)
+        assert datamodule.train_steps(world_size) == -(-sum(expected.values()) // (batch_size * world_size))
+    assert sliced(wmh_store, steps_per_epoch=7).train_steps() == 7
+
+
+def test_slices_are_a_function_of_seed_epoch_and_index(wmh_store):
+    """Two processes, or one that was resumed, see the same; another seed or epoch does not."""
+
+    def shown(seed, epoch):
+        datamodule = sliced(wmh_store, seed=seed, steps_per_epoch=3, augmentation=[tio.RandomNoise()])
+        loader = datamodule.train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        return torch.cat([batch["image"] for batch in loader])
+
+    first = shown(0, 1)
+    assert torch.equal(shown(0, 1), first)
+    assert not torch.equal(shown(0, 2), first)
+    assert not torch.equal(shown(1, 1), first)
+
+
+def test_ranks_share_the_slices(wmh_store):
+    ranks = [attach(sliced(wmh_store, batch_size=1), rank, 2) for rank in range(2)]
+    seen = [batch["image"].numpy().tobytes() for rank in ranks for batch in rank.train_dataloader()]
+    datamodule = ranks[0]
+    slices = sum(len(datamodule.sampling.training(s.shape, s.site)) for s in datamodule.training_subjects())
+    assert len(set(seen)) == slices <= len(seen) <= slices + 1
+
+
+def test_only_slices_of_training_are_augmented(wmh_store):
+    plain, flipped = (
+        sliced(wmh_store, augmentation=augmentation)
+        for augmentation in (None, [tio.RandomFlip(axes=["LR"], flip_probability=1)])
+    )
+    for got, expected in zip(flipped.train_dataloader(), plain.train_dataloader(), strict=True):
+        assert torch.equal(got["image"], expected["image"].flip(2))  # (B, C, X, Y)
+        assert torch.equal(got["label"], expected["label"].flip(1))
+    for got, expected in zip(flipped.val_dataloader(), plain.val_dataloader(), strict=True):
+        assert torch.equal(got["image"], expected["image"])
+
+
+def test_the_scale_of_slices_is_that_of_the_training_subjects_heads(wmh_store):
+    datamodule = sliced(wmh_store)
+    heads = [datamodule.normalisation.of(subject, "flair") for subject in datamodule.training_subjects()]
+    expected = [np.mean([head[key] for head in heads]) for key in ("head_mean", "head_std")]
+    assert datamodule.intensity_scale("flair") == pytest.approx(expected)
+
+
+def test_slices_through_the_brain_are_found_before_training(wmh_store):
+    with pytest.raises(UserError, match=r"lose \d+% of the brain; enlarge the size, or set data\.sampling\.front"):
+        sliced(wmh_store, sampling=SiteSlices((24, 24)))
+
+
+def test_a_site_without_subjects_is_found_before_training(wmh_store):
+    split = {"kind": "folds", "folds": 2, "val": 1, "stratify": "site", "sites": ["Utrecht", "Philips_VU"]}
+    with pytest.raises(UserError, match=r"found GE3T \(2\), Singapore \(2\), Utrecht \(2\), none of Philips_VU"):
+        sliced(wmh_store, split=split)
+
+
+def test_thresholds_that_find_no_head_are_found_before_training(wmh_store):
+    datamodule = sliced(wmh_store, normalisation=Gaussian({"t1": 80, "flair": 30000}))
+    with pytest.raises(UserError, match=r"flair: found 0 voxels of head \(from 30000 on\)"):
+        datamodule.intensity_scale("flair")
+    with pytest.raises(UserError, match=r"flair: found 0 voxels of head \(from 30000 on\)"):
+        datamodule.train_dataloader()
 
 
 # ----- what can be wrong -----------------------------------------------------------------------------------------

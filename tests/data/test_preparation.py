@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from raw_scans import LAYOUTS, lesion, scan, write_brats_case, write_nifti, write_wmh_case
+from raw_scans import HEAD_AFFINE, LAYOUTS, head, lesion, scan, write_brats_case, write_nifti, write_wmh_case
 from rich.console import Console
 
 from mrgen.data import preparation
@@ -298,6 +298,25 @@ def test_a_cohort_that_is_not_skull_stripped(tmp_path, store):
     assert (a.site, a.labelled, b.site, b.labelled) == ("GE3T", True, "Utrecht", False)
     assert a.brain_method == "head"
     assert a.spacing == (3, 3, 6)
+
+
+def test_a_flair_on_another_grid_than_the_t1_is_refused(tmp_path, store):
+    """WMH 2017 ships a 3DT1 on its own grid beside the T1 that was resampled onto the FLAIR's."""
+    _, flair, _ = head()
+    write_wmh_case(tmp_path / "raw" / "Utrecht" / "0")
+    shape = write_wmh_case(tmp_path / "raw" / "Singapore" / "50") / "pre" / "FLAIR.nii.gz"
+    write_nifti(shape, flair[:, :, 1:], HEAD_AFFINE)
+    moved = write_wmh_case(tmp_path / "raw" / "GE3T" / "100") / "pre" / "FLAIR.nii.gz"
+    affine = HEAD_AFFINE.copy()
+    affine[1, 3] += 6  # mm to the front
+    write_nifti(moved, flair, affine)
+    report = prepare(tmp_path / "raw", store, "wmh2017")
+    assert report.prepared == list(Store(store).subjects) == ["Utrecht_0"]
+    assert report.exit_code == 1
+    assert [str(problem) for problem in report.problems] == [
+        f"GE3T_100: {moved}: found an affine up to 2 voxels off, expected that of T1.nii.gz; bring them onto one grid",
+        f"Singapore_50: {shape}: found the shape 64×72×23, expected 64×72×24 as in T1.nii.gz; bring them onto one grid",
+    ]
 
 
 @pytest.mark.skipif(not SCANS, reason="MRGEN_SCANS is unset: real scans are not part of the repository")

@@ -1,10 +1,13 @@
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from mrgen.data.layouts import Layout
-from mrgen.data.slices import AxialSlice
+from mrgen.data.normalisation import Gaussian
+from mrgen.data.slices import AxialSlice, SiteSlices
 from mrgen.data.store import Store, write_cohort, write_subject
 from mrgen.errors import UserError
+from mrgen.launch.instantiate import instantiate_mrgen
 from mrgen.launch.paths import CONF_DIR
 
 
@@ -72,3 +75,122 @@ def test_the_generator_decides(subjects):
     drawn = [[crop(subjects[0], np.random.default_rng(seed))[2] for seed in range(9)] for _ in range(2)]
     assert drawn[0] == drawn[1]
     assert len(set(drawn[0])) > 1
+
+
+# ----- by site, as Li et al. -----------------------------------------------------------------------------------------
+
+# Their scans in canonical orientation: x to the right, y to the front, z up.
+SCANS = {"Utrecht": (240, 240, 48), "Singapore": (232, 256, 48), "GE3T": (132, 256, 83)}
+
+
+@pytest.fixture(scope="module")
+def li():
+    """The preset's."""
+    return instantiate_mrgen(OmegaConf.load(CONF_DIR / "data" / "sampling" / "site_slices.yaml"))
+
+
+def test_utrecht_and_singapore_are_cut_around_the_middle(li):
+    assert li.box(SCANS["Utrecht"], "Utrecht") == ((20, 220), (20, 220), (0, 48))
+    assert li.box(SCANS["Singapore"], "Singapore") == ((16, 216), (28, 228), (0, 48))
+
+
+def test_ge3t_loses_46_rows_in_front_and_10_behind_and_gets_34_columns_on_each_side(li):
+    (left, right), (back, front), z = li.box(SCANS["GE3T"], "GE3T")
+    assert (256 - front, back) == (46, 10)
+    assert (-left, right - 132) == (34, 34)
+    assert z == (0, 83)
+
+
+def test_a_site_that_is_not_named_is_cut_around_the_middle(li):
+    for site in ("Philips_VU", None, ""):
+        assert li.box(SCANS["GE3T"], site) == ((-34, 166), (28, 228), (0, 83))
+
+
+def test_training_shows_38_of_48_slices_and_63_of_83(li):
+    assert [li.training(SCANS[site], site) for site in SCANS] == [range(5, 43), range(5, 43), range(10, 73)]
+
+
+def test_lesions_are_predicted_in_all_but_6_of_48_and_11_of_83_slices_at_each_end(li):
+    assert [li.tested(SCANS[site]) for site in SCANS] == [range(6, 42), range(6, 42), range(11, 72)]
+
+
+@pytest.mark.parametrize("site", ["GE3T", "Utrecht"])
+@pytest.mark.parametrize("shape", [(199, 200), (17, 190), (200, 201), (3, 1), (300, 400)])
+def test_a_cut_has_the_size_asked_for_whatever_the_scan(li, site, shape):
+    x, y, z = li.box((*shape, 7), site)
+    assert [stop - start for start, stop in (x, y, z)] == [200, 200, 7]
+    for (start, stop), n in zip((x, y), shape, strict=True):
+        if n <= 200:  # all of it, padding as even as can be
+            assert abs(-start - (stop - n)) <= 1
+            assert start <= 0 <= n <= stop
+        else:
+            assert 0 <= start < stop <= n
+
+
+@pytest.mark.parametrize("surplus", range(12))
+def test_the_slices_are_those_whose_head_is_measured(surplus):
+    """``Gaussian`` takes its statistics "after the crop": the same one, also where an odd voxel is left over."""
+    shape = (30 + surplus, 41 + surplus, 2)
+    scan = np.arange(1, 1 + np.prod(shape)).reshape(shape)
+    x, y, _ = SiteSlices((30, 41)).box(shape, "Utrecht")
+    shown = scan[slice(*x), slice(*y)]
+    measured = Gaussian({"t1": 1}, size=(30, 41)).measure(scan, scan > 0, "t1", "Utrecht")
+    assert measured == {"head_mean": pytest.approx(shown.mean()), "head_std": pytest.approx(shown.std())}
+
+
+def test_a_cut_through_the_brain_is_refused(subjects):
+    """The first brain fills rows 3 to 16 of 24; 16 rows from the middle are 4 to 20."""
+    with pytest.raises(UserError) as error:
+        SiteSlices((16, 16)).fit(subjects)
+    assert str(error.value) == (
+        "a: slices of 20 × 24 voxels, cut to data.sampling.size=[16, 16], lose 8% of the brain; enlarge the size, or "
+        "set data.sampling.front for the site"
+    )
+    SiteSlices((20, 18)).fit(subjects)
+
+
+def test_a_twentieth_of_a_brain_may_be_lost(tmp_path):
+    """Li's cut of GE3T does take a few voxels of the largest heads."""
+    write_cohort(tmp_path, Layout.from_conf(CONF_DIR / "data" / "layout" / "wmh2017.yaml"), ["t1"])
+    mask = np.zeros((20, 24, 4), bool)
+    mask[2:18, 3:19] = True  # 16 rows
+    subject = write_subject(tmp_path, id="a", image=mask[None] * 9, brain=mask, affine=np.eye(4), site="GE3T")
+    mask[2:3, 3:23] = True  # 4 voxels of 260 in rows that the cut takes
+    other = write_subject(tmp_path, id="b", image=mask[None] * 9, brain=mask, affine=np.eye(4), site="GE3T")
+    slices = SiteSlices((16, 16), front={"GE3T": 5 / 8})  # 5 rows of the surplus of 8 in front, 3 behind
+    assert slices.box((20, 24, 4), "GE3T")[1] == (3, 19)
+    slices.fit([subject, other])
+    with pytest.raises(UserError, match=r"a: .* lose 6% of the brain"):
+        SiteSlices((16, 16)).fit([subject])  # around the middle: rows 4 to 20
+
+
+def test_slices_that_are_smaller_than_the_cut_lose_nothing(subjects):
+    SiteSlices((200, 200)).fit(subjects)
+
+
+def test_shares_that_leave_no_slice_are_refused(subjects):
+    for name in ("dropped_elsewhere", "zeroed"):
+        with pytest.raises(
+            UserError, match=rf"a: data\.sampling\.{name[:6]}\w* leaves none of its 16 slices; lower it"
+        ):
+            SiteSlices((32, 32), **{name: 0.5}).fit(subjects)
+
+
+@pytest.mark.parametrize("size", [[200], [200, 200, 1], [15, 200], [200, 0]])
+def test_a_size_is_two_numbers_that_the_network_takes(size):
+    with pytest.raises(UserError, match=r"data\.sampling\.size is .* expected two numbers from 16 on, along x and y"):
+        SiteSlices(size)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"front": {"GE3T": 1.5}}, r"shares of front are \[1\.5\]; expected 0 to 1"),
+        ({"dropped": {"GE3T": 0.6}}, r"shares of dropped are \[0\.6, 0\.0, 0\.0\]; expected 0 to 0\.5"),
+        ({"dropped_elsewhere": -0.1}, r"shares of dropped are \[-0\.1, 0\.0\]; expected 0 to 0\.5"),
+        ({"zeroed": 1}, r"shares of dropped are \[0\.0, 1\]; expected 0 to 0\.5"),
+    ],
+)
+def test_shares_are_shares(wrong, message):
+    with pytest.raises(UserError, match=message):
+        SiteSlices((200, 200), **wrong)

@@ -283,6 +283,32 @@ def test_conf_folds():
     assert make_split(WMH, conf | {"val": 0}).val == ()
 
 
+BY_SITE = {"kind": "folds", "folds": 6, "val": 5, "stratify": "site", "sites": ["utr", "sin", "ams"]}
+
+
+def test_conf_sites_that_are_there_change_nothing():
+    assert make_split(WMH, BY_SITE) == make_split(WMH, BY_SITE | {"sites": None})
+    assert make_split(WMH, BY_SITE | {"sites": ["utr"]}) == make_split(WMH, BY_SITE)  # others may be there as well
+
+
+def test_conf_sites_without_subjects_are_named():
+    """Of one archive that was not unpacked, folds of the two others could be made and nobody would notice."""
+    two = [s for s in WMH if s.site != "sin"]
+    message = (
+        r"data\.split\.sites expects utr, sin, ams, found ams \(20\), utr \(20\), none of sin\. "
+        r"Unpack and prepare them, or set data\.split\.sites to null\."
+    )
+    with pytest.raises(UserError, match=message):
+        make_split(two, BY_SITE)
+    assert make_split(two, BY_SITE | {"sites": None}).test
+
+
+def test_conf_sites_are_those_of_folds_by_site():
+    two = [s for s in WMH if s.site != "sin"]
+    assert make_split(two, BY_SITE | {"stratify": None}) == fold_split(two, 6, 0, val_count=5)
+    assert make_split(two, {"kind": "ratio", "sites": BY_SITE["sites"]}) == ratio_split(two)
+
+
 def test_conf_explicit_and_file(tmp_path):
     conf = {"kind": "explicit", "train": ["s000", "s001"], "val": ["s002"], "test": 0.0}
     split = make_split(one_each(5), conf)
@@ -298,6 +324,7 @@ def test_conf_explicit_and_file(tmp_path):
 def test_conf_group_with_all_keys_serves_every_kind(tmp_path):
     everything = {
         "seed": 0, "val": 0.2, "test": 0.0, "stratify": None, "folds": 6, "fold": 0, "train": None, "file": None,
+        "sites": None,
     }  # fmt: skip
     assert make_split(WMH, {"kind": "ratio", **everything}) == ratio_split(WMH)
     assert make_split(WMH, {"kind": "folds", **everything}) == fold_split(WMH, 6, 0, val_fraction=0.2)
@@ -309,7 +336,7 @@ def test_conf_group_with_all_keys_serves_every_kind(tmp_path):
     ("conf", "message"),
     [
         ({"kind": "random"}, "unknown kind 'random'. Valid: ratio, folds, explicit, file"),
-        ({"kind": "folds", "flod": 1}, "flod. Valid for folds: kind, seed, val, stratify, folds, fold"),
+        ({"kind": "folds", "flod": 1}, "flod. Valid for folds: kind, seed, val, stratify, sites, folds, fold"),
         ({"kind": "ratio", "fold": 3}, "fold=3 has no effect on kind ratio"),
         ({"kind": "folds", "fold": 6}, "fold must be from 0 to 5"),
         ({"kind": "folds", "fold": "all"}, "fold must be a whole number, found 'all'"),

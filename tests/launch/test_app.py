@@ -103,7 +103,11 @@ def test_a_composed_config_can_be_looked_at(mrgen: Script, tmp_path: Path):
             "segmenter is not set; give the folder of its run: segmenter=RUN",
         ),
         ("evaluate", ["experiment=rsnet/swap", "segmenter=x", "runs=[x]"], "x: no such run folder or checkpoint"),
-        ("evaluate", ["experiment=rsnet/swap", "evaluation.kind=swop"], "evaluation.kind is swop; expected swap"),
+        (
+            "evaluate",
+            ["experiment=rsnet/swap", "evaluation.kind=swop"],
+            "evaluation.kind is swop; expected cross_validation, swap",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_1(mrgen: Script, script: str, overrides: list[str], said: str):

@@ -86,7 +86,6 @@ def test_baselines_run_like_the_methods(tmp_path: Path, phantom_store: Path, pre
     assert made.mean.shape == (1, 1, 6, 6, 4)
     assert made.scale == "unit"
     assert run.tile is None
-    assert run.box == [0, 0, 0]
     run.check_scale()
 
 

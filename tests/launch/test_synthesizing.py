@@ -13,7 +13,6 @@ import yaml
 
 from mrgen.callbacks.provenance import KEY
 from mrgen.data.store import Store
-from mrgen.data.synthetic_files import SyntheticFiles
 from mrgen.errors import UserError
 from mrgen.launch.runs import Run, load_run
 from mrgen.launch.training import build_datamodule
@@ -322,7 +321,7 @@ def test_a_full_disk_ends_it_and_leaves_nothing(
 
 def test_a_file_of_somebody_else_is_left_as_it_is(rsnet_run: Path, phantom_cohort: Path, tmp_path: Path, capsys):
     root, output = copied(phantom_cohort, tmp_path / "scans", A, B), tmp_path / "out"
-    theirs = SyntheticFiles(output, A, "t2").mean
+    theirs = output / A / f"{A}_t2_synthetic.nii.gz"
     theirs.parent.mkdir(parents=True)
     theirs.write_text("by hand")
     made(rsnet_run, root, output, *ONE_PASS, left_out=1)

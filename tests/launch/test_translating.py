@@ -150,7 +150,9 @@ def test_what_a_sweep_did_not_finish_is_said_and_left_out(tmp_path: Path, sweep:
 
 
 def test_an_unknown_kind_of_judgement(tmp_path: Path, sweep: Path):
-    with pytest.raises(UserError, match=r"evaluation\.kind is taste; expected swap, translation, selection"):
+    with pytest.raises(
+        UserError, match=r"evaluation\.kind is taste; expected cross_validation, swap, translation, selection"
+    ):
         judged(tmp_path / "out", sweep / "1", overrides=("evaluation.kind=taste",))
 
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from mrgen.losses.adversarial import discriminator_loss, generator_loss
+from mrgen.losses.adversarial import discriminator_loss, feature_matching, generator_loss
 
 REAL, FAKE = torch.tensor([[2.0, -1.0]]), torch.tensor([[0.5, 3.0]])
 
@@ -53,3 +53,52 @@ def test_logits_of_bfloat16_and_of_any_size_are_computed_in_float32():
         loss = discriminator_loss(REAL.bfloat16(), FAKE.bfloat16())
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, discriminator_loss(REAL, FAKE))
+
+
+# ----- feature matching ----------------------------------------------------------------------------------------------
+
+
+def stages(*rows):
+    return [torch.tensor(row).reshape(1, 1, -1) for row in rows]
+
+
+def test_feature_matching_by_hand():
+    real, fake = stages([1.0, 2.0], [0.0], [4.0]), stages([1.0, 5.0], [2.0], [1.0])
+    assert float(feature_matching(real, fake)) == pytest.approx(3**2 / 2 + 2**2 + 3**2)
+    assert float(feature_matching(real, fake, output=False)) == pytest.approx(3**2 / 2 + 2**2)
+
+
+def test_feature_matching_is_nought_for_equal_features_and_squared():
+    real = [torch.randn(2, 4, 5, 5), torch.randn(2, 1, 3, 3)]
+    assert float(feature_matching(real, [feature.clone() for feature in real])) == 0
+    once, twice = (feature_matching(real, [feature + step for feature in real]) for step in (0.5, 1.0))
+    torch.testing.assert_close(twice, 4 * once)  # absolute distances would have doubled
+
+
+def test_feature_matching_moves_the_fake_features_alone_towards_the_real_ones():
+    real, fake = torch.ones(1, 2, 2, requires_grad=True), torch.zeros(1, 2, 2, requires_grad=True)
+    feature_matching([real], [fake]).backward()
+    assert real.grad is None
+    torch.testing.assert_close(fake.grad, torch.full((1, 2, 2), -2 / 4))
+
+
+def test_feature_matching_without_samples_is_nought_with_a_gradient_of_noughts():
+    fake = torch.zeros(0, 4, 5, 5, requires_grad=True)
+    loss = feature_matching([torch.zeros(0, 4, 5, 5)], [fake * 1])
+    assert loss.item() == 0
+    loss.backward()
+    assert fake.grad.shape == fake.shape
+
+
+def test_feature_matching_refuses_features_that_are_not_pairs():
+    with pytest.raises(ValueError, match="features of equal shapes"):
+        feature_matching([torch.zeros(1, 2, 3)], [torch.zeros(4, 2, 3)])
+    with pytest.raises(ValueError):
+        feature_matching([torch.zeros(1)] * 2, [torch.zeros(1)])
+
+
+def test_feature_matching_of_bfloat16_is_computed_in_float32():
+    real, fake = torch.randn(64, 64).bfloat16(), torch.randn(64, 64).bfloat16()
+    loss = feature_matching([real], [fake])
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, (real.float() - fake.float()).square().mean())

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mrgen.losses.segmentation import class_weights, weighted_cross_entropy
+from mrgen.losses.segmentation import binary_cross_entropy, class_weights, soft_dice, weighted_cross_entropy
 
 COUNTS = torch.tensor([900_000, 50_000, 40_000, 10_000])
 
@@ -113,3 +113,118 @@ def test_cross_entropy_of_bfloat16_is_computed_in_float32(autocast):
         loss = weighted_cross_entropy(half, label)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, weighted_cross_entropy(half.float(), label))
+
+
+# ----- one class against the rest ----------------------------------------------------------------------------------
+
+P = torch.tensor([0.8, 0.6, 0.1, 0.5])  # of lesion, in four voxels
+FOUR = torch.tensor([[1, 0, 0, 2]])  # any class is lesion
+
+
+def lesions(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(3, 1, 6, 7, generator=generator)
+    label = (torch.rand(3, 6, 7, generator=generator) < 0.3).long()
+    label[:, 0] = 255
+    return logits, label
+
+
+def test_binary_cross_entropy_by_hand_has_both_terms():
+    logits = P.logit()[None, None]  # (1, 1, 4)
+    expected = -(math.log(0.8) + math.log(0.4) + math.log(0.9) + math.log(0.5)) / 4
+    assert float(binary_cross_entropy(logits, FOUR)) == pytest.approx(expected, rel=1e-5)
+    ignored = torch.tensor([[1, 0, 255, 1]])
+    expected = -(math.log(0.8) + math.log(0.4) + math.log(0.5)) / 3
+    assert float(binary_cross_entropy(logits, ignored)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_lesion_everywhere_is_no_answer_to_binary_cross_entropy():
+    """It is to equation 4 as it is printed."""
+    logits, label = lesions()
+    assert binary_cross_entropy(torch.full_like(logits, 20), label) > binary_cross_entropy(logits, label)
+
+
+def test_soft_dice_by_hand():
+    logits = P.logit()[None, None]  # sum of P is 2, of which 1.3 lies in the lesion of 2 voxels
+    assert float(soft_dice(logits, FOUR)) == pytest.approx(1 - (2 * 1.3 + 1) / (2 + 2 + 1), rel=1e-5)
+    assert float(soft_dice(logits, FOUR, smooth=0.5)) == pytest.approx(1 - (2.6 + 0.5) / 4.5, rel=1e-5)
+    ignored = torch.tensor([[1, 0, 255, 1]])
+    assert float(soft_dice(logits, ignored)) == pytest.approx(1 - (2.6 + 1) / (1.9 + 2 + 1), rel=1e-5)
+
+
+def test_soft_dice_of_a_batch_without_lesion_is_defined():
+    logits = P.logit()[None, None]
+    assert float(soft_dice(logits, torch.zeros(1, 4, dtype=torch.int64))) == pytest.approx(1 - 1 / (2 + 1), rel=1e-5)
+    assert float(soft_dice(torch.full((1, 1, 4), -50.0), torch.zeros(1, 4, dtype=torch.int64))) == 0
+
+
+def test_binary_cross_entropy_agrees_with_torch_on_the_voxels_that_count():
+    logits, label = lesions()
+    valid = label != 255
+    expected = F.binary_cross_entropy(logits[:, 0][valid].sigmoid(), label[valid].float())
+    torch.testing.assert_close(binary_cross_entropy(logits, label), expected)
+
+
+def test_soft_dice_agrees_with_monai_on_the_voxels_that_count():
+    from monai.losses import DiceLoss
+
+    logits, label = lesions()
+    valid = label != 255
+    foreign = DiceLoss(sigmoid=True, batch=True, smooth_nr=1, smooth_dr=1)
+    expected = foreign(logits[:, 0][valid][None, None], label[valid][None, None].float())
+    torch.testing.assert_close(soft_dice(logits, label), expected)
+
+
+def test_gradient_of_binary_cross_entropy_by_hand():
+    logits, label = lesions()
+    logits.requires_grad_()
+    binary_cross_entropy(logits, label).backward()
+    valid = (label != 255).unsqueeze(1)
+    expected = (logits.detach().sigmoid() - (label == 1).unsqueeze(1).float()) * valid / valid.sum()
+    torch.testing.assert_close(logits.grad, expected)
+
+
+def test_gradient_of_soft_dice_by_hand():
+    logits, label = lesions()
+    logits.requires_grad_()
+    soft_dice(logits, label).backward()
+    valid, lesion = (label != 255).unsqueeze(1).float(), (label == 1).unsqueeze(1).float()
+    p = logits.detach().sigmoid()
+    above, below = 2 * (p * lesion).sum() + 1, (p * valid).sum() + lesion.sum() + 1
+    by_probability = -(2 * lesion * below - above * valid) / below**2
+    torch.testing.assert_close(logits.grad, by_probability * p * (1 - p))
+    assert not logits.grad[:, :, 0].any()  # ignored
+
+
+@pytest.mark.parametrize("loss", [binary_cross_entropy, soft_dice])
+def test_what_is_ignored_changes_nothing(loss):
+    logits, label = lesions()
+    other = logits.clone()
+    other[:, :, 0] = 7
+    assert torch.equal(loss(logits, label), loss(other, label))
+
+
+@pytest.mark.parametrize("loss", [binary_cross_entropy, soft_dice])
+def test_ignored_voxels_alone_give_zero_with_a_gradient_of_zeros(loss):
+    logits = torch.randn(1, 1, 4, requires_grad=True)
+    value = loss(logits, torch.full((1, 4), 255))
+    value.backward()
+    assert value.item() == 0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("loss", [binary_cross_entropy, soft_dice])
+@pytest.mark.parametrize("shape", [(3, 6, 7), (3, 2, 6, 7), (1, 1, 6, 7)])
+def test_shapes_that_would_be_broadcast_are_refused(loss, shape):
+    with pytest.raises(ValueError, match=r"expected logits \(B, 1, \.\.\.\) and label \(B, \.\.\.\), found"):
+        loss(torch.zeros(shape), lesions()[1])
+
+
+@pytest.mark.parametrize("loss", [binary_cross_entropy, soft_dice])
+def test_half_precision_is_computed_in_float32(loss):
+    logits, label = lesions()
+    half = logits.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = loss(half, label)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, loss(half.float(), label))
