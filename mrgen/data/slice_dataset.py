@@ -77,29 +77,23 @@ class SliceDataset(Dataset):
     """One slice a sample, in the form of ``mrgen.data.batch.Batch`` without the batch axis and without z.
 
     Args:
-        subjects, modalities, lookup, normalisation, augment, seed: as of ``mrgen.data.dataset.CropDataset``.
+        subjects, augment, seed: as of ``mrgen.data.dataset.CropDataset``.
         slices: which there are, and how they are cut.
+        **reading: ``modalities``, ``lookup`` and ``normalisation``, likewise.
     """
 
     def __init__(
         self,
         subjects: Sequence[StoredSubject],
         *,
-        modalities: Sequence[str],
-        lookup: np.ndarray,
         slices: SiteSlices,
-        normalisation: Normalisation,
         augment: Callable[[Any], Any] | None = None,
         seed: int = 0,
+        **reading: Any,
     ):
         self.augment, self.seed = augment, seed
         self._read = _Stacks(
-            subjects,
-            modalities=modalities,
-            lookup=lookup,
-            slices=slices,
-            normalisation=normalisation,
-            shown=lambda subject: slices.training(subject.shape, subject.site),
+            subjects, slices=slices, shown=lambda subject: slices.training(subject.shape, subject.site), **reading
         )
         self.places = [(stack, z) for stack in self._read.stacks for z in range(len(stack.image))]
 
@@ -119,25 +113,10 @@ class SliceDataset(Dataset):
 
 
 class SubjectSlices(Dataset):
-    """All slices of one subject in which lesions may be predicted, as one batch (Z, …)."""
+    """All slices of one subject in which lesions may be predicted, as one batch (Z, …); arguments as above."""
 
-    def __init__(
-        self,
-        subjects: Sequence[StoredSubject],
-        *,
-        modalities: Sequence[str],
-        lookup: np.ndarray,
-        slices: SiteSlices,
-        normalisation: Normalisation,
-    ):
-        self._read = _Stacks(
-            subjects,
-            modalities=modalities,
-            lookup=lookup,
-            slices=slices,
-            normalisation=normalisation,
-            shown=lambda subject: slices.tested(subject.shape),
-        )
+    def __init__(self, subjects: Sequence[StoredSubject], *, slices: SiteSlices, **reading: Any):
+        self._read = _Stacks(subjects, slices=slices, shown=lambda subject: slices.tested(subject.shape), **reading)
 
     def __len__(self) -> int:
         return len(self._read.stacks)

@@ -80,7 +80,11 @@ def test_a_composed_config_can_be_looked_at(mrgen: Script, tmp_path: Path):
         ("train", [PRESET, "trainer.max_epoch=4"], "valid keys: accelerator, devices"),
         ("train", [PRESET, "trget=t1"], "valid keys: .*target, seed, monitor, resume, plan"),
         ("train", [PRESET, "+model.filter=4"], "mrgen.papers.rsnet.RSNet has no filter; valid keys: .*filters, levels"),
-        ("train", ["experiment=rsnet/nope"], "presets: rsnet/rnet, rsnet/rnet_with_mri, rsnet/rsnet"),
+        (
+            "train",
+            ["experiment=rsnet/nope"],
+            "presets: joint_imputation/cross_validation, .*rsnet/rnet, rsnet/rnet_with_mri, rsnet/rsnet",
+        ),
         ("train", ["data=nope"], "Could not find 'data/nope'(.|\n)*phantom"),
         ("train", [PRESET, "target=t3"], "target is 't3'; expected one of t1, t1ce, t2, flair"),
         ("train", [PRESET, "target=t2", "model.extra_mri=t2"], "extra_mri is 't2'; expected nearest, null, or one of"),
