@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["axial", "calibration_figure", "swap_figure", "synthesis_figure"]
+__all__ = ["SEQUENCES", "axial", "calibration_figure", "swap_figure", "synthesis_figure"]
 
-_SEQUENCES = {"t1": "T1", "t2": "T2", "t1ce": "T1ce", "flair": "FLAIR"}  # the order of RS-Net's Figure 2
+SEQUENCES = {"t1": "T1", "t2": "T2", "t1ce": "T1ce", "flair": "FLAIR"}  # the order of RS-Net's Figure 2
 _METHODS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: for all kinds of sight
 _CLIP = 99.5  # percentile of the variance at which its window ends: a few voxels would darken all others
 _DOTS = 3000  # voxels drawn an input
@@ -124,7 +124,7 @@ def _synthesis(slices: Mapping[str, Mapping[str, Any]], title: str, method: str)
         if lesion.any():
             for axis in column:
                 axis.contour(lesion, levels=[0.5], colors="#39e6c8", linewidths=0.8)
-        column[0].set_title(_SEQUENCES.get(target, target.upper()), fontsize=11)
+        column[0].set_title(SEQUENCES.get(target, target.upper()), fontsize=11)
     rows = ("real", "synthetic", f"variance (z²)\nup to its {_CLIP}th percentile")
     for axis, text in zip(axes[:, 0], rows, strict=True):
         axis.set_ylabel(text, fontsize=9)
@@ -197,7 +197,7 @@ def _calibration(
             _plot(upper, variance, root, "o-", color=colour, markersize=3, linewidth=1.2, label=label)
             _plot(lower, variance, squared, "o-", color=colour, markersize=3, linewidth=1.2)
         lower.axline((1e-3, 1e-3), (1, 1), color="0.3", linestyle="--", linewidth=1, label="calibrated", zorder=1)
-        heading = _SEQUENCES.get(target, target.upper())
+        heading = SEQUENCES.get(target, target.upper())
         upper.legend(title=heading, loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8, frameon=False)
         lower.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, fontsize=8, frameon=False)
         lower.set_xlabel("variance (z²)", fontsize=9)
@@ -222,7 +222,7 @@ def _calibration(
 def _in_order(targets: Iterable[str]) -> list[str]:
     """The paper's sequences in the paper's order, others after them."""
     there = list(dict.fromkeys(targets))
-    return [name for name in _SEQUENCES if name in there] + [name for name in there if name not in _SEQUENCES]
+    return [name for name in SEQUENCES if name in there] + [name for name in there if name not in SEQUENCES]
 
 
 def _dots(voxels: Mapping[str, Any]) -> np.ndarray:

@@ -15,6 +15,7 @@ from mrgen.evaluation.cross_validation import CrossValidation, Method
 from mrgen.evaluation.cross_validation_figures import imputation_figure, places_figure, segmentation_figure
 from mrgen.evaluation.cross_validation_numbers import cross_validation_summary
 from mrgen.evaluation.cross_validation_tables import cross_validation_tables
+from mrgen.evaluation.figures import SEQUENCES
 from mrgen.evaluation.table import write_rows
 from mrgen.launch.evaluating import by_subjects, check_leaks, finished_runs, whole_volumes
 from mrgen.launch.instantiate import plain
@@ -112,7 +113,7 @@ def _report(
     notes: Sequence[str],
 ) -> None:
     """Writes all files; ``sequences`` are source and target."""
-    source, target = (name.upper() for name in sequences)
+    source, target = (SEQUENCES.get(name, name) for name in sequences)
     out_dir.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(plain(conf)), out_dir / "config.yaml")
     title = "SMOKE RUN, not a result: cross-validation" if conf.smoke else "Cross-validation"
