@@ -73,11 +73,14 @@ def cross_validate(conf: DictConfig, out_dir: Path) -> Path:
     for line in missing:
         notes.append(f"MISSING: {line}.")
         print(f"missing: {line}")
+    for named, module in zip(groups, modules, strict=True):  # of all folds, before the first is computed
+        notes += check_leaks(module, list(named.values()), module.split.test)
+        for run in named.values():
+            _check_trained(run)
     rows: list[dict[str, Any]] = []
     lesions: list[dict[str, Any]] = []
     kept: dict[str, dict[str, Any]] = {}
     for named, module in zip(groups, modules, strict=True):
-        notes += check_leaks(module, list(named.values()), module.split.test)
         pl.seed_everything(seed, verbose=False)
         first = next(iter(named.values()))
         judged = CrossValidation(
@@ -131,6 +134,14 @@ def _report(
         imputation_figure(kept, out_dir / "imputation.png", title=f"{title}, imputation", target=target)
     for table in tables:
         table.show()
+
+
+def _check_trained(run: Run) -> None:
+    """Raises UserError for a run of several stages that stopped before it could segment."""
+    try:
+        getattr(run.model, "check_trained", lambda: None)()
+    except UserError as error:
+        raise UserError(f"{run.path}: {error}") from error
 
 
 def _fold(run: Run) -> int:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from mrgen.data.splits import Split
 from mrgen.data.store import Store
@@ -145,3 +146,12 @@ def test_joint_imputation_stands_on_the_common_bench(tmp_path: Path, sweep: Path
     found = rows(evaluate(composed("evaluate", *common), tmp_path / "out") / "subjects.csv")
     assert {row["input"] for row in found} == {"flair/joint"}
     assert all(0 <= float(row["own_mse_brain"]) <= 1 for row in found)
+
+
+def test_a_run_that_stopped_in_its_first_stage_is_named_before_anything_is_judged(tmp_path: Path, sweep: Path):
+    run = shutil.copytree(sweep / "1_offline", tmp_path / "early")
+    saved = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    saved["state_dict"]["stage"].fill_(0)
+    torch.save(saved, run / "checkpoints" / "best.ckpt")
+    with pytest.raises(UserError, match=r"early: this run of offline synthesis stopped in its first stage"):
+        judged(tmp_path / "out", f"runs=['{run}']")
