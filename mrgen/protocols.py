@@ -4,13 +4,13 @@ Volumes travel as a mapping from sequence name to a tensor (B, 1, X, Y, Z), floa
 normalisation. Nothing here imports mrgen.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-__all__ = ["Generator", "Segmentation", "Segmenter", "Synthesis", "Synthesizer", "Volumes"]
+__all__ = ["Generated", "Generator", "LabelMaps", "Segmentation", "Segmenter", "Synthesis", "Synthesizer", "Volumes"]
 
 Volumes = Mapping[str, Tensor]
 
@@ -63,8 +63,48 @@ class Segmenter(Protocol):
     def segment(self, volumes: Volumes) -> Segmentation: ...
 
 
+@dataclass(frozen=True)
+class LabelMaps:
+    """What a generator is given of one subject, whose lesion may have been manipulated.
+
+    Attributes:
+        label: (Z, X, Y) int64, mapped classes, axial slices one after the other; 255 where ignored.
+        brain: (Z, X, Y) bool.
+        guides: by name (``atlas``, ``tissue``) what tells of its anatomy, (Z, n, X, Y) float32 each.
+    """
+
+    label: Tensor
+    brain: Tensor
+    guides: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One synthetic subject.
+
+    Attributes:
+        image: (Z, C, X, Y) float32, in the generator's ``scale``, all sequences registered.
+        label: (Z, X, Y) int64, as of ``LabelMaps``.
+        brain: (Z, X, Y) bool.
+    """
+
+    image: Tensor
+    label: Tensor
+    brain: Tensor
+
+
 @runtime_checkable
 class Generator(Protocol):
-    """Makes whole subjects: ``generate`` yields one at a time, all of its sequences registered."""
+    """Makes whole subjects: ``generate`` yields one at a time, all of its ``modalities`` registered.
 
-    def generate(self, labels: Any, seed: int) -> Iterator[Any]: ...
+    Attributes:
+        modalities: the channels of its images, in order.
+        guides: what it needs beside labels, the names of ``LabelMaps.guides``.
+        scale: what the numbers are, the name of a normalisation.
+    """
+
+    modalities: tuple[str, ...]
+    guides: tuple[str, ...]
+    scale: str
+
+    def generate(self, labels: Iterable[LabelMaps], seed: int) -> Iterator[Generated]: ...

@@ -2,7 +2,8 @@
 
 With ``mrgen.nets.unet3d.SegmentationUNet3d`` it is S-Net (RS-Net, section 3), "similar to RS-Net but modified such that
 the synthesis convolution block is removed", trained once on four real sequences and never on a synthetic one. With
-``mrgen.nets.deepmedic.DeepMedic`` it is the judge of Baldini et al., trained on segments.
+``mrgen.nets.deepmedic.DeepMedic`` it is the judge of Baldini et al., trained on segments; with the two-dimensional
+``mrgen.nets.samr.SegmentationUNet2d`` that of Guo et al., trained on slices.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,8 +29,8 @@ class SegmenterModule(LightningModule):
 
     Args:
         net: called with ``in_channels`` and ``classes``, returns the network: (B, in_channels, X, Y, Z) to logits
-            (B, classes, X, Y, Z). It may say its ``divisor``, what every axis must be a multiple of; its ``margin``,
-            voxels that the logits lose on each side; its ``reach`` and its ``grid``, see below.
+            (B, classes, X, Y, Z), or both without Z. It may say its ``divisor``, what every axis must be a multiple
+            of; its ``margin``, voxels that the logits lose on each side; its ``reach`` and its ``grid``, see below.
         modalities: the batch's sequences, all of which are inputs.
         classes: names of the classes, background first.
         regions: evaluation regions and their classes.
@@ -42,7 +43,8 @@ class SegmenterModule(LightningModule):
             velocity. It is PyTorch's, velocity ← momentum · velocity + gradient / (√g² + eps); see
             ``conf/model/deepmedic.yaml`` for how DeepMedic's differs.
         lr_step, lr_gamma: the learning rate is multiplied by ``lr_gamma`` every ``lr_step`` epochs,
-        lr_milestones: or after these numbers of epochs, where they are given.
+        lr_milestones: or after these numbers of epochs, where they are given;
+        constant_epochs, decay_epochs: or, where these are, it is constant at first and then falls linearly towards 0.
         l1, l2: weights of the sums of |w| and w² over the weights of all convolutions, which training adds to the loss.
             What is logged and validated is the cross entropy alone.
 
@@ -72,6 +74,8 @@ class SegmenterModule(LightningModule):
         lr_step: int = 50,
         lr_gamma: float = 0.75,
         lr_milestones: Sequence[int] | None = None,
+        constant_epochs: int | None = None,
+        decay_epochs: int = 0,
         l1: float = 0.0,
         l2: float = 0.0,
     ):
@@ -89,6 +93,7 @@ class SegmenterModule(LightningModule):
         self.optimizer, self.lr, self.betas = optimizer, lr, (betas[0], betas[1])
         self.rho, self.eps, self.momentum = rho, eps, momentum
         self.lr_step, self.lr_gamma, self.lr_milestones = lr_step, lr_gamma, lr_milestones
+        self.constant_epochs, self.decay_epochs = constant_epochs, decay_epochs
         self.l1, self.l2 = l1, l2
         self.class_counts: Tensor
         self.register_buffer("class_counts", torch.ones(len(classes)), persistent=False)
@@ -153,11 +158,18 @@ class SegmenterModule(LightningModule):
                 self.parameters(), lr=self.lr, alpha=self.rho, eps=self.eps, momentum=self.momentum
             )
         scheduler: torch.optim.lr_scheduler.LRScheduler
-        if self.lr_milestones is None:
+        if self.constant_epochs is not None:
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._falling)
+        elif self.lr_milestones is None:
             scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=self.lr_step, gamma=self.lr_gamma)
         else:
             scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(self.lr_milestones), gamma=self.lr_gamma)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
+
+    def _falling(self, epoch: int) -> float:
+        """1 for the constant epochs, then down by equal steps that would reach 0 after the last one."""
+        assert self.constant_epochs is not None
+        return max(0.0, 1 - max(0, epoch + 1 - self.constant_epochs) / (self.decay_epochs + 1))
 
     @torch.no_grad()
     def segment(self, volumes: Volumes) -> Segmentation:

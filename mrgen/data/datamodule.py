@@ -1,6 +1,7 @@
 """One datamodule for every method: split, crops, order, loaders, and what a method must know of its training set."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from torch.utils.data import DataLoader
 
 from mrgen.data.crops import BrainBox, Crop, WholeVolume
 from mrgen.data.dataset import CropDataset
+from mrgen.data.guides import Guide, fit_guides
+from mrgen.data.mix import Mix, MixedSlices
 from mrgen.data.normalisation import Normalisation, stored_statistics
 from mrgen.data.sampler import EvaluationSampler, TrainingSampler
 from mrgen.data.slice_dataset import SliceDataset, SubjectSlices
@@ -41,6 +44,8 @@ class CohortDataModule(LightningDataModule):
         seed: of the order, the crops and the augmentation.
         labelled: only labelled subjects. False takes the others as well, without a lesion: for methods that make one
             sequence from another.
+        guides: what goes with slices to tell of their anatomy, of ``mrgen.data.guides.GUIDES``.
+        mix: synthetic slices that join the real ones, the arguments of ``mrgen.data.mix.Mix``; without a store none.
     """
 
     def __init__(
@@ -58,6 +63,8 @@ class CohortDataModule(LightningDataModule):
         workers: int = 0,
         seed: int = 0,
         labelled: bool = True,
+        guides: Sequence[str] = (),
+        mix: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         self.store = Store(store)
@@ -98,6 +105,20 @@ class CohortDataModule(LightningDataModule):
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
         self.steps_per_epoch = steps_per_epoch
         self.augmentation = list(augmentation or [])
+        self.guide_names = tuple(guides)
+        self.mix = Mix(**mix) if mix and mix["store"] else None
+        if (self.guide_names or self.mix) and not isinstance(sampling, SiteSlices):
+            what = "data.mix" if self.mix else f"a method with {' and '.join(self.guide_names)}"
+            raise UserError(f"{what} needs axial slices; set data/sampling=slices")
+        if self.mix:
+            self.mix.check(self.modalities, self.classes, labels, self.split, self.store)
+            self.mix.wanted(self.real_slices())
+        self._labels = labels
+
+    @cached_property
+    def guides(self) -> dict[str, Guide]:
+        """Learned from the training subjects at first use; a resumed run sets those that it was trained with."""
+        return fit_guides(self.guide_names, self.training_subjects(), self.modalities, self.normalisation)
 
     def _subjects(self, ids: Sequence[str]) -> list[StoredSubject]:
         return [self.store.subjects[id] for id in ids]
@@ -170,14 +191,24 @@ class CohortDataModule(LightningDataModule):
         """Optimizer steps of an epoch on each of ``world_size`` devices."""
         samples = len(self.split.train)
         if isinstance(self.sampling, SiteSlices):
-            samples = sum(len(self.sampling.training(s.shape, s.site)) for s in self.training_subjects())
+            samples = self.real_slices()
+            if self.mix and not self.mix.equal_steps:
+                samples += self.mix.wanted(samples)
         return self.steps_per_epoch or max(1, -(-samples // (self.batch_size * world_size)))
 
+    def real_slices(self) -> int:
+        """Slices of the training subjects that an epoch shows once."""
+        assert isinstance(self.sampling, SiteSlices)
+        return sum(len(self.sampling.training(s.shape, s.site)) for s in self.training_subjects())
+
     def train_dataloader(self) -> DataLoader:
-        dataset: CropDataset | SliceDataset
+        dataset: CropDataset | SliceDataset | MixedSlices
         if isinstance(self.sampling, SiteSlices):
-            subjects, augment = self.training_subjects(), self._augment()
-            dataset = SliceDataset(subjects, slices=self.sampling, augment=augment, seed=self.seed, **self._reading)
+            shown = {"slices": self.sampling, "augment": self._augment(), "seed": self.seed}
+            reading = {**self._reading, "guides": self.guides, **shown}
+            dataset = SliceDataset(self.training_subjects(), **reading)
+            if self.mix:
+                dataset = MixedSlices(dataset, self.mix, labels=self._labels, **reading)
         else:
             dataset = self.dataset(self.split.train, crop=self.sampling, augmented=True)
         samples = self.train_steps(self._ranks["world_size"]) * self.batch_size
@@ -186,7 +217,8 @@ class CohortDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         if isinstance(self.sampling, SiteSlices):
-            slices = SubjectSlices(self._subjects(self.split.val), slices=self.sampling, **self._reading)
+            subjects = self._subjects(self.split.val)
+            slices = SubjectSlices(subjects, slices=self.sampling, guides=self.guides, **self._reading)
             return self._loader(slices, EvaluationSampler(len(slices), **self._ranks), None)
         # Training's crops, the same every epoch: on whole brains instance norms would see other statistics.
         dataset = self.dataset(self.split.val, crop=self.sampling)

@@ -1,6 +1,6 @@
 """Samples of a prepared cohort: crop, normalise, augment."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,9 @@ class CropDataset(Dataset):
             label = torch.from_numpy(self.lookup[subject.read_label(box)])
         if self.augment is not None:
             seed = int(rng.integers(2**62))
-            image, label, brain = augmented(self.augment, image, label, brain, seed, masked=self.normalisation.masked)
+            parts = {"image": image, "label": label, "brain": brain}
+            parts = augmented(self.augment, parts, seed=seed, outside=self.normalisation.outside)
+            image, label, brain = parts["image"], parts["label"], parts["brain"]
         if isinstance(self.crop, AxialSlice):  # only now: TorchIO knows volumes alone
             image, label, brain = (t.squeeze(-1) for t in (image, label, brain))  # (C, X, Y), (X, Y), (X, Y)
         # The grid is the scan's own: a transform moves what lies on it and not its voxels.
@@ -75,30 +77,34 @@ class CropDataset(Dataset):
 
 
 def augmented(
-    augment: Callable[[Any], Any], image: Tensor, label: Tensor, brain: Tensor, seed: int, *, masked: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    augment: Callable[[Any], Any], parts: Mapping[str, Tensor], *, seed: int, outside: float | None
+) -> dict[str, Tensor]:
     """A sample through a TorchIO transform.
 
     Args:
-        augment: of a ``torchio.Subject`` with ``image``, ``label`` and ``brain``.
-        image: (C, X, Y, Z) float32.
-        label: (X, Y, Z) int64.
-        brain: (X, Y, Z) bool.
+        augment: of a ``torchio.Subject`` with ``image``, ``label``, ``brain`` and the guides.
+        parts: ``image`` (C, X, Y, Z) float32, ``label`` (X, Y, Z) int64, ``brain`` (X, Y, Z) bool; whatever else there
+            is, (n, X, Y, Z) float32, moves along and keeps its values.
         seed: of what it draws.
-        masked: whether all outside the brain is 0 and has to stay so.
+        outside: what all outside the brain is and has to stay; None where it is not of one value.
     """
     import torchio as tio
 
+    guides = {name: part for name, part in parts.items() if name not in ("image", "label", "brain")}
     subject = tio.Subject(
-        image=tio.ScalarImage(tensor=image),
-        label=tio.LabelMap(tensor=label[None].to(torch.int16)),
-        brain=tio.LabelMap(tensor=brain[None].to(torch.uint8)),
+        image=tio.ScalarImage(tensor=parts["image"]),
+        label=tio.LabelMap(tensor=parts["label"][None].to(torch.int16)),
+        brain=tio.LabelMap(tensor=parts["brain"][None].to(torch.uint8)),
+        # As label maps no noise reaches them.
+        **{name: tio.LabelMap(tensor=part) for name, part in guides.items()},
     )
     with torch.random.fork_rng(devices=[]):  # TorchIO draws from torch's global generator
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPU's generator too
         subject = augment(subject)
     brain = subject["brain"].data[0].bool().contiguous()
     image = subject["image"].data.float().contiguous()
-    if masked:  # noise reaches the background and TorchIO pads with the image's minimum
-        image = torch.where(brain, image, 0.0)
-    return image, subject["label"].data[0].long().contiguous(), brain
+    if outside is not None:  # noise reaches the background and TorchIO pads with the image's minimum
+        image = torch.where(brain, image, outside)
+    label = subject["label"].data[0].long().contiguous()
+    moved = {name: subject[name].data.float().contiguous() for name in guides}
+    return {"image": image, "label": label, "brain": brain, **moved}

@@ -11,7 +11,16 @@ from torch import Tensor
 from mrgen.data.store import StoredSubject, statistics
 from mrgen.errors import UserError
 
-__all__ = ["Gaussian", "MinMax", "Normalisation", "Stored", "ZScore", "measured_statistics", "stored_statistics"]
+__all__ = [
+    "Gaussian",
+    "MinMax",
+    "Normalisation",
+    "Stored",
+    "Symmetric",
+    "ZScore",
+    "measured_statistics",
+    "stored_statistics",
+]
 
 Statistics = Mapping[str, float]
 
@@ -21,11 +30,11 @@ class Normalisation(Protocol):
 
     Attributes:
         scale: names the result.
-        masked: whether all outside the brain becomes 0.
+        outside: what all outside the brain becomes; None where it is kept.
     """
 
     scale: str
-    masked: bool
+    outside: float | None
 
     def __call__(self, image: Tensor, brain: Tensor, statistics: Sequence[Statistics]) -> Tensor: ...
 
@@ -42,7 +51,7 @@ class ZScore:
     """
 
     scale = "zscore"
-    masked = True
+    outside = 0.0
 
     def __call__(self, image: Tensor, brain: Tensor, statistics: Sequence[Statistics]) -> Tensor:
         """Normalises.
@@ -74,7 +83,7 @@ class MinMax:
     """
 
     scale = "unit"
-    masked = True
+    outside = 0.0
 
     def __call__(self, image: Tensor, brain: Tensor, statistics: Sequence[Statistics]) -> Tensor:
         """Normalises; arguments as of ``ZScore``, which needs ``max`` of the statistics. A scan without signal is 0."""
@@ -87,6 +96,29 @@ class MinMax:
         return 0.0, sum(s["max"] for s in statistics) / len(statistics)
 
 
+class Symmetric:
+    """−1 outside the brain and at intensity 0, 1 at the brain's 99.5th percentile and above: the range of a tanh.
+
+    For networks that end in one. The percentile stands in for the maximum, which a few voxels decide. Intensities below
+    0, which interpolation leaves at a brain's edge, become −1.
+    """
+
+    scale = "symmetric"
+    outside = -1.0
+
+    def __call__(self, image: Tensor, brain: Tensor, statistics: Sequence[Statistics]) -> Tensor:
+        """Normalises; arguments as of ``ZScore``, of whose statistics it needs ``p99_5``. A scan without signal is −1."""
+        out = torch.empty(image.shape, dtype=torch.float32, device=image.device)
+        for channel, source, s in zip(out, image, statistics, strict=True):
+            high = s["p99_5"] if s["p99_5"] > 0 else 1.0
+            channel.copy_(source).clamp_(0, high).mul_(2 / high).mul_(brain).sub_(1)
+        return out
+
+    def training_scale(self, statistics: Sequence[Statistics]) -> tuple[float, float]:
+        half = sum(s["p99_5"] for s in statistics) / len(statistics) / 2
+        return half, half
+
+
 class Stored:
     """Intensities as they are stored: for who normalises a subject in several ways.
 
@@ -97,10 +129,10 @@ class Stored:
     scale = "stored"
 
     def __init__(self, masked: bool = True):
-        self.masked = masked
+        self.outside = 0.0 if masked else None
 
     def __call__(self, image: Tensor, brain: Tensor, statistics: Sequence[Statistics]) -> Tensor:
-        return image.float() * brain if self.masked else image.float()
+        return image.float() if self.outside is None else image.float() * brain
 
     def training_scale(self, statistics: Sequence[Statistics]) -> tuple[float, float]:
         return 0.0, 1.0
@@ -120,7 +152,7 @@ class Gaussian:
     """
 
     scale = "gaussian"
-    masked = False
+    outside = None
 
     def __init__(
         self,

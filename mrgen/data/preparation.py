@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from mrgen.data.store import (
     remove_leftovers,
     remove_subject,
     settings_digest,
+    sole_writer,
     write_cohort,
     write_subject,
 )
@@ -153,7 +153,7 @@ def prepare_cohort(
         raise UserError("data.store is not set; expected a folder for the prepared cohort")
     store = Path(store)
     report = Report(layout.title, store, strict, problems=problems)
-    with _sole_writer(store):
+    with sole_writer(store):
         earlier = read_cohort(store)
         if earlier is not None and earlier["name"] != layout.name:
             raise UserError(
@@ -341,23 +341,3 @@ def _ignore_interrupts() -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-@contextmanager
-def _sole_writer(store: Path) -> Iterator[None]:
-    """Refuses a second preparation into one store; the system lets go of the lock when a process dies."""
-    import fcntl
-
-    try:
-        store.mkdir(parents=True, exist_ok=True)
-        lock = open(store / ".lock", "w")  # noqa: SIM115 (closed below, whatever happens)
-    except OSError as error:
-        raise UserError(f"data.store={store}: cannot be written ({error.strerror}); choose another folder") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"data.store={store}: another process is preparing it; wait for it to end") from None
-        except OSError:
-            pass  # some network file systems have no locks
-        yield

@@ -1,7 +1,7 @@
 """Slices of a prepared cohort, held in memory: on disk a slice lies scattered over its whole volume."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mrgen.data.dataset import augmented
+from mrgen.data.guides import Guide, guide_slices
 from mrgen.data.normalisation import Normalisation, stored_statistics
 from mrgen.data.sampler import Key
 from mrgen.data.slices import SiteSlices
@@ -27,6 +28,7 @@ class _Stack:
     label: np.ndarray  # (Z, X, Y) uint8, mapped
     brain: np.ndarray  # (Z, X, Y) bool
     statistics: list[Any]
+    guides: dict[str, np.ndarray] = field(default_factory=dict)  # (Z, n, X, Y) float16 each
 
 
 class _Stacks:
@@ -36,6 +38,7 @@ class _Stacks:
         subjects, modalities, lookup, normalisation: as of ``mrgen.data.dataset.CropDataset``.
         slices: cuts the slices.
         shown: which slices of a subject are kept.
+        guides: by name, what tells of a subject's anatomy beside its images.
     """
 
     def __init__(
@@ -47,30 +50,41 @@ class _Stacks:
         slices: SiteSlices,
         normalisation: Normalisation,
         shown: Callable[[StoredSubject], range],
+        guides: Mapping[str, Guide] | None = None,
     ):
         self.normalisation = normalisation
         self.stacks = []
+        shared: dict[tuple[str, Any], np.ndarray] = {}  # of guides that are the same for all subjects
         for subject in subjects:
             (x, y, _), kept = slices.box(subject.shape, subject.site), shown(subject)
-            box = (x, y, (kept.start, kept.stop))
+            box, every = (x, y, (kept.start, kept.stop)), slice(None, None, kept.step)
             channels = [  # padded as Li et al. do; (Z, X, Y) each
-                subject.read_image([name], box, fill=subject.statistics[name]["volume_min"])[0].transpose(2, 0, 1)
+                subject.read_image([name], box, fill=subject.statistics[name]["volume_min"])[0].transpose(2, 0, 1)[
+                    every
+                ]
                 for name in modalities
             ]
             image = np.stack(channels, axis=1)  # (Z, C, X, Y)
             label = np.zeros((len(kept), *slices.size), np.uint8)
             if subject.labelled:
-                label[:] = lookup[subject.read_label(box)].transpose(2, 0, 1)
-            brain = np.ascontiguousarray(subject.read_brain(box).transpose(2, 0, 1))
-            self.stacks.append(
-                _Stack(subject, image, label, brain, stored_statistics(normalisation, subject, modalities))
-            )
+                label[:] = lookup[subject.read_label(box)].transpose(2, 0, 1)[every]
+            brain = np.ascontiguousarray(subject.read_brain(box).transpose(2, 0, 1)[every])
+            seen: dict[str, np.ndarray] = {}
+            for name, guide in (guides or {}).items():
+                view = guide.on(subject)
+                key = (name, (box, kept.step) if view is guide else subject.id)
+                if key not in shared:  # half precision: as much memory as the images
+                    shared[key] = guide_slices(view, box, kept.step).astype(np.float16)
+                seen[name] = shared[key]
+            recorded = stored_statistics(normalisation, subject, modalities)
+            self.stacks.append(_Stack(subject, image, label, brain, recorded, seen))
 
-    def read(self, stack: _Stack, z: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Image (C, X, Y), normalised, label (X, Y) and brain (X, Y) of the z-th kept slice."""
+    def read(self, stack: _Stack, z: int) -> dict[str, Tensor]:
+        """Image (C, X, Y), normalised, label (X, Y) and brain (X, Y) of the z-th kept slice; guides (n, X, Y)."""
         brain = torch.from_numpy(stack.brain[z].copy())
         image = self.normalisation(torch.from_numpy(stack.image[z]), brain, stack.statistics)
-        return image, torch.from_numpy(stack.label[z]).long(), brain
+        guides = {name: torch.from_numpy(slices[z].astype(np.float32)) for name, slices in stack.guides.items()}
+        return {"image": image, "label": torch.from_numpy(stack.label[z]).long(), "brain": brain, **guides}
 
 
 class SliceDataset(Dataset):
@@ -79,7 +93,8 @@ class SliceDataset(Dataset):
     Args:
         subjects, augment, seed: as of ``mrgen.data.dataset.CropDataset``.
         slices: which there are, and how they are cut.
-        **reading: ``modalities``, ``lookup`` and ``normalisation``, likewise.
+        whole: all slices of a subject are shown and not those of training alone: of subjects that were synthesised.
+        **reading: ``modalities``, ``lookup`` and ``normalisation``, likewise; ``guides`` by name.
     """
 
     def __init__(
@@ -89,12 +104,15 @@ class SliceDataset(Dataset):
         slices: SiteSlices,
         augment: Callable[[Any], Any] | None = None,
         seed: int = 0,
+        whole: bool = False,
         **reading: Any,
     ):
         self.augment, self.seed = augment, seed
-        self._read = _Stacks(
-            subjects, slices=slices, shown=lambda subject: slices.training(subject.shape, subject.site), **reading
-        )
+
+        def shown(subject: StoredSubject) -> range:
+            return range(subject.shape[2]) if whole else slices.training(subject.shape, subject.site)
+
+        self._read = _Stacks(subjects, slices=slices, shown=shown, **reading)
         self.places = [(stack, z) for stack in self._read.stacks for z in range(len(stack.image))]
 
     def __len__(self) -> int:
@@ -103,13 +121,13 @@ class SliceDataset(Dataset):
     def __getitem__(self, key: Key) -> dict[str, Any]:
         epoch, index, which = key
         stack, z = self.places[which]
-        image, label, brain = self._read.read(stack, z)
+        parts = self._read.read(stack, z)
         if self.augment is not None:
             seed = int(np.random.default_rng([self.seed, epoch, index]).integers(2**62))
-            volumes = image[..., None], label[..., None], brain[..., None]  # TorchIO knows volumes alone
-            masked = self._read.normalisation.masked
-            image, label, brain = (part[..., 0] for part in augmented(self.augment, *volumes, seed=seed, masked=masked))
-        return {"image": image, "label": label, "brain": brain, **_named(stack.subject)}
+            volumes = {name: part[..., None] for name, part in parts.items()}  # TorchIO knows volumes alone
+            outside = self._read.normalisation.outside
+            parts = {k: v[..., 0] for k, v in augmented(self.augment, volumes, seed=seed, outside=outside).items()}
+        return {**parts, **_named(stack.subject)}
 
 
 class SubjectSlices(Dataset):
@@ -123,17 +141,11 @@ class SubjectSlices(Dataset):
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         stack = self._read.stacks[key[2]]
-        parts = zip(*(self._read.read(stack, z) for z in range(len(stack.image))), strict=True)
-        image, label, brain = (torch.stack(part) for part in parts)  # (Z, C, X, Y), (Z, X, Y), (Z, X, Y)
+        slices = [self._read.read(stack, z) for z in range(len(stack.image))]
+        parts = {name: torch.stack([part[name] for part in slices]) for name in slices[0]}  # (Z, C, X, Y) or (Z, X, Y)
         named = _named(stack.subject)
-        spacing = named["spacing"].expand(len(image), 3)
-        return {
-            "image": image,
-            "label": label,
-            "brain": brain,
-            "subject": [named["subject"]] * len(image),
-            "spacing": spacing,
-        }
+        spacing = named["spacing"].expand(len(slices), 3)
+        return {**parts, "subject": [named["subject"]] * len(slices), "spacing": spacing}
 
 
 def _named(subject: StoredSubject) -> dict[str, Any]:

@@ -71,6 +71,7 @@ class SiteSlices:
         dropped: by site, the share of the slices that is left out at each end in training;
         dropped_elsewhere: the same of all other sites.
         zeroed: share of the slices at each end in which no lesion is predicted at test, rounded up.
+        step: training shows every so many slices, where neighbours are all but copies of each other.
     """
 
     divisor = 1
@@ -84,6 +85,7 @@ class SiteSlices:
         dropped: Mapping[str, float] | None = None,
         dropped_elsewhere: float = 0.0,
         zeroed: float = 0.0,
+        step: int = 1,
     ):
         if len(size) != 2 or min(size) < self.smallest:
             raise UserError(
@@ -92,6 +94,9 @@ class SiteSlices:
         self.size: tuple[int, ...] = (int(size[0]), int(size[1]))
         self.front, self.dropped = dict(front or {}), dict(dropped or {})
         self.dropped_elsewhere, self.zeroed = dropped_elsewhere, zeroed
+        if step < 1:
+            raise UserError(f"data.sampling.step is {step}; expected a whole number from 1 on")
+        self.step = step
         shares = {"front": [*self.front.values()], "dropped": [*self.dropped.values(), dropped_elsewhere, zeroed]}
         for name, most in (("front", 1.0), ("dropped", 0.5)):
             if any(not 0 <= share <= most for share in shares[name]):
@@ -136,7 +141,7 @@ class SiteSlices:
     def training(self, shape: Sequence[int], site: str | None) -> range:
         """The slices of a scan that training shows."""
         ends = round(shape[2] * self.dropped.get(site or "", self.dropped_elsewhere))
-        return range(ends, shape[2] - ends)
+        return range(ends, shape[2] - ends, self.step)
 
     def tested(self, shape: Sequence[int]) -> range:
         """The slices of a scan in which lesions may be predicted."""

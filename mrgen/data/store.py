@@ -17,7 +17,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ __all__ = [
     "remove_leftovers",
     "remove_subject",
     "settings_digest",
+    "sole_writer",
     "statistics",
     "stored_type",
     "to_original",
@@ -159,6 +161,7 @@ def write_subject(
     original_shape: Sequence[int] | None = None,
     brain_method: str = "given",
     source: Mapping[str, Any] | None = None,
+    known: Mapping[str, Mapping[str, float]] | None = None,
 ) -> StoredSubject:
     """Writes one subject as a whole, in place of an earlier one of its id.
 
@@ -176,6 +179,8 @@ def write_subject(
         original_shape: likewise; default: that of the image.
         brain_method: how the mask came about.
         source: a fingerprint of what the subject was made from, kept in `subject.json`.
+        known: by sequence, statistics that are not to be measured: a synthetic image is normalised by the percentile of
+            the scale that it was made on, lest it be stretched to its own.
 
     Returns:
         The subject as `Store` will show it.
@@ -205,7 +210,9 @@ def write_subject(
         "original_affine": np.asarray(affine if original_affine is None else original_affine, dtype=float).tolist(),
         "original_shape": [int(n) for n in (original_shape or brain.shape)],
         "brain_box": bounding_box(brain),
-        "statistics": {m: statistics(image[i], brain) for i, m in enumerate(cohort["modalities"])},
+        "statistics": {
+            m: {**statistics(image[i], brain), **(known or {}).get(m, {})} for i, m in enumerate(cohort["modalities"])
+        },
         "label_counts": None
         if label is None
         else {str(n): int(count) for n, count in enumerate(np.bincount(label.ravel())) if count},
@@ -250,6 +257,26 @@ def remove_leftovers(store: Path | str) -> None:
             shutil.rmtree(path, ignore_errors=True)
         elif path.name.startswith(f".{_COHORT}."):
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def sole_writer(store: Path) -> Iterator[None]:
+    """Refuses a second writer to one store, which is made; the system lets go of the lock when a process dies."""
+    import fcntl
+
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        lock = open(store / ".lock", "w")  # noqa: SIM115 (closed below, whatever happens)
+    except OSError as error:
+        raise UserError(f"data.store={store}: cannot be written ({error.strerror}); choose another folder") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"data.store={store}: another process is writing to it; wait for it to end") from None
+        except OSError:
+            pass  # some network file systems have no locks
+        yield
 
 
 def write_synced(path: Path, data: bytes) -> None:

@@ -28,6 +28,11 @@ def prepare(conf: DictConfig) -> Report:
     # The other keys of the group are training's, and may refer to what only mrgen-train composes.
     data = {key: plain(conf.data.get(key)) for key in ("root", "store", "layout", "modalities", "phantom")}
     if not data.get("root"):
+        if conf.data.get("name") == "synthetic":
+            raise UserError(
+                "data=synthetic: there is nothing to prepare; mrgen-synthesize writes such a cohort as a store, with a "
+                "generator's checkpoint: mrgen-synthesize checkpoint=RUN output=STORE"
+            )
         raise UserError("data.root is not set; give the folder of the raw cohort: data.root=/data/…")
     if not data.get("layout"):
         raise UserError("data.layout is not set; give the cohort's table of patterns: data.layout=my_cohort.yaml")

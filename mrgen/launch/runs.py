@@ -14,6 +14,7 @@ from torch import nn
 
 from mrgen.callbacks.provenance import KEY
 from mrgen.data.crops import Box, surrounding_box
+from mrgen.data.guides import Guide, load_guides
 from mrgen.data.normalisation import Normalisation
 from mrgen.data.slices import SiteSlices
 from mrgen.data.splits import Split
@@ -74,6 +75,11 @@ class Run:
     def normalisation(self) -> Normalisation:
         """Of its training."""
         return instantiate_mrgen(self.description["data"]["normalisation"])
+
+    @property
+    def guides(self) -> dict[str, Guide]:
+        """What the model needs beside labels, as training knew it. Raises UserError where it is gone."""
+        return load_guides(getattr(self.model, "guides", ()), self.path)
 
     def view(self, brain_box: Sequence[Sequence[int]], shape: Sequence[int], site: str | None) -> Box:
         """What a network is to see of a subject: (start, stop) of x, y, z.

@@ -21,11 +21,11 @@ from mrgen.data.synthetic_files import nifti_bytes, read_header
 from mrgen.errors import UserError
 from mrgen.evaluation.inference import WholeSegmenter, WholeSynthesizer
 from mrgen.launch.instantiate import plain
-from mrgen.launch.runs import load_run
+from mrgen.launch.runs import Run
 from mrgen.launch.training import checked_seed, choose_precision
 from mrgen.protocols import Synthesis, Synthesizer
 
-__all__ = ["Made", "Scans", "TrainedMethod"]
+__all__ = ["Made", "Scans", "TrainedMethod", "choose_device", "inference_precision"]
 
 SEGMENTATION = "segmentation"
 
@@ -68,6 +68,7 @@ class TrainedMethod:
     """The network, and all that the checkpoint says of its input and output.
 
     Args:
+        run: loaded.
         conf: ``checkpoint``, ``mc_samples``, ``mc_batch``, ``precision``, ``device`` and ``seed`` of
             ``conf/synthesize.yaml``.
 
@@ -79,11 +80,10 @@ class TrainedMethod:
         images: names of the images that it may write: ``t2_synthetic``, ``t2_variance``, ``segmentation``.
 
     Raises:
-        UserError: no such run, one that makes neither or is not trained far enough, or a setting that it cannot follow.
+        UserError: a run that makes neither or is not trained far enough, or a setting that it cannot follow.
     """
 
-    def __init__(self, conf: DictConfig):
-        run = load_run(conf.checkpoint)
+    def __init__(self, run: Run, conf: DictConfig):
         model = run.model
         synthesizes, segments = isinstance(model, Synthesizer), getattr(model, "writes_segmentation", False)
         if not synthesizes and not segments:
@@ -110,10 +110,8 @@ class TrainedMethod:
         self._checkpoint = run.checkpoint
         self._digest = run.digest()
 
-        self._device = _device(conf.device)
-        self._asked_precision, self._precision = conf.precision, choose_precision(conf.precision, self._device.type)
-        if self._precision not in ("bf16-mixed", "32-true"):
-            raise UserError(f"precision is {conf.precision}; expected auto, bf16-mixed or 32-true")
+        self._device = choose_device(conf.device)
+        self._asked_precision, self._precision = conf.precision, inference_precision(conf.precision, self._device)
         self._synthesizer = run.synthesizer() if synthesizes else None
         self._segmenter = WholeSegmenter(model, run.tile) if segments else None
         if isinstance(model, nn.Module):
@@ -224,7 +222,7 @@ class TrainedMethod:
         def in_intensities(values: Tensor, offset: float, factor: float) -> np.ndarray:
             volume = offset + factor * values[0, 0].float().numpy()
             shown = scans.brain
-            if not self._normalisation.masked:
+            if self._normalisation.outside is None:
                 shown, volume = _within(scans.box, volume.shape), np.maximum(volume, 0)
             return np.where(shown, volume, 0).astype(np.float32)
 
@@ -257,7 +255,8 @@ def _within(box: Box, shape: Sequence[int]) -> np.ndarray:
     return within
 
 
-def _device(asked: str) -> torch.device:
+def choose_device(asked: str) -> torch.device:
+    """``auto`` is the GPU if there is one. Raises UserError for what is no device or not there."""
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -269,3 +268,11 @@ def _device(asked: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device is {asked}; {torch.cuda.device_count()} CUDA devices are there; try device=auto")
     return device
+
+
+def inference_precision(asked: str, device: torch.device) -> str:
+    """``bf16-mixed`` or ``32-true``, see ``choose_precision``. Raises UserError for any other."""
+    precision = choose_precision(asked, device.type)
+    if precision not in ("bf16-mixed", "32-true"):
+        raise UserError(f"precision is {asked}; expected auto, bf16-mixed or 32-true")
+    return precision

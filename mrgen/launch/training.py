@@ -18,7 +18,9 @@ from mrgen.callbacks.console import EpochLine
 from mrgen.callbacks.determinism import SeedSteps
 from mrgen.callbacks.provenance import KEY, Provenance
 from mrgen.data.datamodule import CohortDataModule
-from mrgen.data.store import Store
+from mrgen.data.guides import load_guides, save_guides
+from mrgen.data.slices import SiteSlices
+from mrgen.data.store import Store, read_cohort
 from mrgen.errors import UserError
 from mrgen.launch.csv_logger import CsvLogger
 from mrgen.launch.fitting import ESTIMATOR, check, fit
@@ -32,11 +34,16 @@ __all__ = ["build_datamodule", "build_trainer", "checked_seed", "fill_from_store
 # Keys of the group ``data`` that say what a cohort is; the rest are the datamodule's arguments.
 PREPARATION = ("name", "root", "layout", "phantom", "head")
 # Normalisations by the scale that they give.
-KINDS = {"zscore": "ZScore", "unit": "MinMax", "gaussian": "Gaussian"}
+KINDS = {"zscore": "ZScore", "unit": "MinMax", "symmetric": "Symmetric", "gaussian": "Gaussian"}
 
 
 def fill_from_store(conf: DictConfig) -> None:
     """The prepared store is the truth: its layout replaces the config's; its sequences where none are given."""
+    if conf.data.get("name") == "synthetic" and read_cohort(conf.data.store) is None:
+        raise UserError(
+            f"data.store={conf.data.store}: found no synthetic cohort; make one with mrgen-synthesize checkpoint=RUN "
+            "output=STORE of a generator's run, or set data.store"
+        )
     store = Store(Path(conf.data.store))
     with open_dict(conf.data):
         conf.data.layout = store.layout.to_conf()
@@ -133,6 +140,9 @@ def _describe(conf: DictConfig, datamodule: CohortDataModule) -> dict[str, Any]:
             "normalisation": plain(conf.data.normalisation),
             "box": list(datamodule.whole.size or ()),  # norms that use a volume's own statistics depend on it
             "intensity_scale": {name: list(datamodule.intensity_scale(name)) for name in datamodule.modalities},
+            "steps_per_epoch": datamodule.train_steps(),
+            "mix": datamodule.mix.describe(datamodule.real_slices()) if datamodule.mix else None,
+            "slices": datamodule.real_slices() if isinstance(datamodule.sampling, SiteSlices) else None,
         },
     }
 
@@ -192,8 +202,9 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
     axes = {"mrgen.data.crops.BrainBox": 3, "mrgen.data.slices.AxialSlice": 2}.get(conf.data.sampling._target_)
     if saved and axes:  # nor may a new head change the box
         kept["sampling"] = {**plain(conf.data.sampling), "size": saved[KEY]["data"]["box"][:axes]}
-    datamodule = build_datamodule(conf.data, **kept)
     model = instantiate(conf.model)
+    guides = getattr(model, "guides", ())
+    datamodule = build_datamodule(conf.data, guides=list(guides), **kept)
     if getattr(model, "scale", datamodule.normalisation.scale) != datamodule.normalisation.scale:
         raise UserError(
             f"{type(model).__name__} works on the scale {model.scale!r} and data.normalisation gives "
@@ -209,12 +220,7 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
             fit(model, datamodule, run_dir, description=_describe(conf, datamodule), loggers=loggers)
         return run_dir
     channels_last(model)
-    shapes = [datamodule.sampling.size, datamodule.whole.size]
-    if any(n % model.divisor for shape in shapes for n in shape or ()):
-        raise UserError(
-            f"crops are {shapes[0]} and {shapes[1]} voxels and the network needs multiples of {model.divisor}; "
-            f"set data.sampling.divisor={model.divisor}"
-        )
+    _check_shapes(model, datamodule)
     if saved:
         try:
             model.load_state_dict(saved["state_dict"])
@@ -222,7 +228,11 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
             raise UserError(
                 f"{last} holds another network than the config describes; a resumed run keeps its model"
             ) from error
+    if saved:  # the atlas of the subjects that it was trained on
+        datamodule.guides = load_guides(guides, run_dir)
+    learned = datamodule.guides
     _keep_settings(conf, datamodule, run_dir)  # only now: what was refused above must leave the folder as it was
+    save_guides(learned, run_dir)
     csv = CsvLogger(run_dir / "metrics.csv")
     if resumed_step >= 0:
         csv.go_on_from(resumed_step)
@@ -251,6 +261,26 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
             )
         trainer.fit(model, datamodule=datamodule, ckpt_path=last if resumed_step >= 0 else None, weights_only=True)
     return run_dir
+
+
+def _check_shapes(model: Any, datamodule: CohortDataModule) -> None:
+    """Raises UserError for crops or slices that the network cannot take."""
+    least = getattr(model, "smallest", 0)
+    if isinstance(datamodule.sampling, SiteSlices):
+        size = datamodule.sampling.size
+        if any(n % model.divisor or n < least for n in size):
+            raise UserError(
+                f"data.sampling.size is {list(size)}; the network needs multiples of {model.divisor}"
+                + (f" from {least} on" if least else "")
+                + "; change it, or lower the network's number of downsamplings (model.downs, model.unet_downs)"
+            )
+        return
+    shapes = [datamodule.sampling.size, datamodule.whole.size]
+    if any(n % model.divisor for shape in shapes for n in shape or ()):
+        raise UserError(
+            f"crops are {shapes[0]} and {shapes[1]} voxels and the network needs multiples of {model.divisor}; "
+            f"set data.sampling.divisor={model.divisor}"
+        )
 
 
 def _with_stages(conf: DictConfig, stages: int) -> DictConfig:

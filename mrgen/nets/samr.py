@@ -175,7 +175,7 @@ class SegmentationUNet2d(nn.Module):
 
     Args:
         in_channels: number of images.
-        labels: number of labels, background included.
+        classes: number of labels, background included.
         filters: channels of the first level; the widest has eight times as many.
         downs: number of downsamplings, 2 or more.
         norm: ``batch`` or ``instance``.
@@ -184,7 +184,7 @@ class SegmentationUNet2d(nn.Module):
         divisor: 2^downs; every axis must be a multiple of it.
     """
 
-    def __init__(self, in_channels: int, labels: int, *, filters: int = 64, downs: int = 5, norm: Norm = "batch"):
+    def __init__(self, in_channels: int, classes: int, *, filters: int = 64, downs: int = 5, norm: Norm = "batch"):
         super().__init__()
         _check("SegmentationUNet2d", norm, filters=filters)
         if downs < 2:
@@ -202,7 +202,7 @@ class SegmentationUNet2d(nn.Module):
 
         def up(level: int) -> nn.Sequential:
             below = widths[level] if level == downs - 1 else 2 * widths[level]  # the innermost has no skip
-            above = (labels, *widths)[level]
+            above = (classes, *widths)[level]
             conv = nn.ConvTranspose2d(below, above, kernel_size=4, stride=2, padding=1, bias=bias or level == 0)
             block = nn.Sequential(nn.ReLU(inplace=True), conv)
             return block.append(NORM[norm](above)) if level else block

@@ -8,7 +8,7 @@ Images are on [−1, 1], as G's tanh is. Where a number here is not the paper's,
 comes from.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -17,45 +17,18 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mrgen.data.batch import Batch
+from mrgen.data.batch import Batch, label_map
 from mrgen.losses.adversarial import discriminator_loss, feature_matching, generator_loss
 from mrgen.losses.segmentation import generalised_dice
 from mrgen.metrics.means import SubjectMeans
 from mrgen.metrics.reconstruction import mae
 from mrgen.nets.pix2pix import as_in_training
 from mrgen.nets.samr import LabelWiseDiscriminators, SAMRGenerator, SegmentationUNet2d
+from mrgen.protocols import Generated, LabelMaps
 
-__all__ = ["SAMR", "AtlasBatch", "label_map", "regions"]
+__all__ = ["SAMR", "regions"]
 
 SLICES = 16  # that are computed at once where there are no gradients
-
-
-class AtlasBatch(Batch, total=False):
-    """A batch of slices.
-
-    Attributes:
-        atlas: (B, 3 · C, X, Y), the slice and its two neighbours in every sequence, on the images' scale.
-    """
-
-    atlas: Tensor
-
-
-def label_map(label: Tensor, brain: Tensor, classes: int) -> Tensor:
-    """One-hot map of background, normal brain and each class of lesion.
-
-    Lesion is lesion even where the brain mask has a gap. Voxels of 255 have no label, 0 in every channel: what they are
-    is not known. They are in no region, and the generalised Dice leaves them out.
-
-    Args:
-        label: (B, X, Y) int, mapped classes, 0 being no lesion.
-        brain: (B, X, Y) bool.
-        classes: number of mapped classes, 0 included.
-
-    Returns:
-        (B, classes + 1, X, Y) float32.
-    """
-    lesion = [label == number for number in range(1, classes)]
-    return torch.stack([(label == 0) & ~brain, (label == 0) & brain, *lesion], dim=1).float()
 
 
 def regions(labels: Tensor) -> Tensor:
@@ -83,6 +56,7 @@ class SAMR(LightningModule):
         label_wise: discriminators for each region; else two ordinary ones, one a scale, on the whole slice.
         atlas: given to G and to the discriminators; else batches need none.
         feature_weight: λ1.
+        match_output: the discriminators' logits are matched too, as printed; else the four stages before them alone.
         shape_weight: λ2.
         freeze_unet_on_synthetic: U learns from real slices alone, and G through U as it is; else U learns from
             synthetic ones too, as in equation 4, and may meet G halfway.
@@ -91,8 +65,12 @@ class SAMR(LightningModule):
         constant_epochs, decay_epochs: the learning rate is constant at first and then falls linearly towards 0.
 
     Attributes:
-        divisor: what every axis of a slice must be a multiple of.
+        scale: of its images, [−1, 1].
+        guides: what batches and generation need beside labels: the atlas, or nothing.
+        divisor, smallest: what every axis of a slice must be a multiple of, and the least that it may be.
     """
+
+    scale = "symmetric"
 
     def __init__(
         self,
@@ -111,6 +89,7 @@ class SAMR(LightningModule):
         label_wise: bool = True,
         atlas: bool = True,
         feature_weight: float = 5.0,
+        match_output: bool = True,
         shape_weight: float = 1.0,
         freeze_unet_on_synthetic: bool = False,
         least_squares: bool = False,
@@ -124,11 +103,12 @@ class SAMR(LightningModule):
         if len(classes) < 2:
             raise ValueError(f"classes are {list(classes)}; expected no lesion and one class of lesion or more")
         self.modalities, self.classes = tuple(modalities), tuple(classes)
-        self.feature_weight, self.shape_weight = feature_weight, shape_weight
+        self.feature_weight, self.shape_weight, self.match_output = feature_weight, shape_weight, match_output
         self.freeze_unet_on_synthetic, self.least_squares = freeze_unet_on_synthetic, least_squares
         self.lr, self.betas = lr, (betas[0], betas[1])
         self.constant_epochs, self.decay_epochs = constant_epochs, decay_epochs
 
+        self.guides: tuple[str, ...] = ("atlas",) if atlas else ()
         labels, sequences = len(classes) + 1, len(modalities)
         atlas_channels = 3 * sequences if atlas else 0
         self.generator = SAMRGenerator(
@@ -152,6 +132,7 @@ class SAMR(LightningModule):
         if shape_weight:
             self.segmenter = SegmentationUNet2d(sequences, labels, filters=unet_filters, downs=unet_downs, norm=norm)
         self.divisor = 2 ** max(downs, unet_downs if shape_weight else 0)
+        self.smallest = 2 * self.generator.divisor
         shapes = ["shape_real", "shape_synthetic"] if shape_weight else []
         self.val_means = SubjectMeans(["loss", "mae_brain", "mae_lesion", *shapes])
 
@@ -209,7 +190,9 @@ class SAMR(LightningModule):
             fake = self.discriminate(labels, made, atlas)
         out = {
             "adversarial": torch.stack([generator_loss(f[-1], least_squares=self.least_squares) for f in fake]).sum(),
-            "features": torch.stack([feature_matching(r, f) for r, f in zip(real, fake, strict=True)]).sum(),
+            "features": torch.stack(
+                [feature_matching(r, f, output=self.match_output) for r, f in zip(real, fake, strict=True)]
+            ).sum(),
         }
         loss = out["adversarial"] + self.feature_weight * out["features"]
         if self.segmenter is not None:
@@ -243,12 +226,12 @@ class SAMR(LightningModule):
 
     # ----- training ----------------------------------------------------------------------------------------------
 
-    def parts(self, batch: AtlasBatch) -> tuple[Tensor, Tensor, Tensor | None]:
+    def parts(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """``label_map``, image (B, C, X, Y), and atlas (B, 3 · C, X, Y) or, without one, None."""
         atlas = batch.get("atlas") if self.generator.atlas_encoder is not None else None
         return label_map(batch["label"], batch["brain"], len(self.classes)), batch["image"], atlas
 
-    def losses(self, batch: AtlasBatch, weights: Tensor | None = None) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, weights: Tensor | None = None) -> dict[str, Tensor]:
         """Both sides' losses added up in ``loss``: what a step costs, for ``plan=true``. No classes, no weights.
 
         A plan's batch has no atlas; one of its shape stands in.
@@ -260,7 +243,7 @@ class SAMR(LightningModule):
         discriminator = self.discriminator_loss(labels, image, made.detach(), atlas)
         return {"loss": discriminator + self.generator_losses(labels, image, made, atlas)["loss"]}
 
-    def training_step(self, batch: AtlasBatch, batch_idx: int) -> None:
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
         labels, image, atlas = self.parts(batch)
         made = self(labels, atlas)  # once: the discriminators see its values, G is improved through them
         losses = self.discriminator_step(labels, image, made, atlas)
@@ -274,7 +257,7 @@ class SAMR(LightningModule):
         for scheduler in self.lr_schedulers():  # type: ignore[union-attr]
             scheduler.step()  # type: ignore[call-arg]
 
-    def validation_step(self, batch: AtlasBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """All slices of one subject: errors on [−1, 1], and what U makes of real and of synthetic slices.
 
         ``loss`` is the error in the brain, which all ablations have.
@@ -308,6 +291,12 @@ class SAMR(LightningModule):
         return [side("generator", self.generator, self.segmenter), side("discriminators", self.discriminators)]
 
     # ----- what generation calls ---------------------------------------------------------------------------------
+
+    def generate(self, labels: Iterable[LabelMaps], seed: int) -> Iterator[Generated]:
+        """``mrgen.protocols.Generator``. Nothing is drawn, so that the seed changes nothing."""
+        for maps in labels:
+            image = self.generate_slices(maps.label, maps.brain, maps.guides.get("atlas"))
+            yield Generated(image, maps.label, maps.brain)
 
     @torch.no_grad()
     def generate_slices(self, label: Tensor, brain: Tensor, atlas: Tensor | None = None) -> Tensor:

@@ -78,7 +78,7 @@ def test_it_is_on_the_scale_of_the_normalisation(three, normalisation):
         total += normalisation(image, brain, statistics)[0].numpy()
     np.testing.assert_allclose(atlas.mean[0, 3], total[3] / 3, rtol=1e-5, atol=1e-6)
     assert atlas.scale == normalisation.scale
-    if normalisation.masked:
+    if normalisation.outside is not None:
         assert (atlas.mean[0, 0] == 0).all()
         assert atlas.background[0] == 0
     else:

@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 import torch
 
-from mrgen.data.normalisation import Gaussian, MinMax, Stored, ZScore, measured_statistics, stored_statistics
+from mrgen.data.normalisation import (
+    Gaussian,
+    MinMax,
+    Stored,
+    Symmetric,
+    ZScore,
+    measured_statistics,
+    stored_statistics,
+)
 from mrgen.data.store import Store, write_subject
 from mrgen.errors import UserError
 
@@ -136,8 +144,8 @@ def test_stored_intensities_are_left_alone_within_the_brain(subjects):
 
 
 def test_normalisations_say_whether_the_background_is_0():
-    assert [kind().masked for kind in (ZScore, MinMax, Stored, Gaussian)] == [True, True, True, False]
-    assert not Stored(masked=False).masked
+    assert [kind().outside for kind in (ZScore, MinMax, Stored, Symmetric, Gaussian)] == [0, 0, 0, -1, None]
+    assert Stored(masked=False).outside is None
 
 
 # ----- Gaussian, of Li et al. ------------------------------------------------------------------------------------
@@ -329,3 +337,16 @@ def test_gaussian_leaves_its_input_as_it_was_and_wants_statistics_for_every_sequ
     assert torch.equal(image, before)
     with pytest.raises(ValueError):
         Gaussian()(image, image[0] > 0, [one])
+
+
+def test_symmetric_spans_the_range_of_a_tanh_and_leaves_its_background_alone():
+    image = torch.tensor([[[[0, 50, 100, 200, 300, -20, 70]]]], dtype=torch.int16)  # (1, 1, 1, 7)
+    brain = torch.tensor([[[True] * 6 + [False]]])
+    made = Symmetric()(image, brain, [{"p99_5": 200.0}])
+    assert made.flatten().tolist() == pytest.approx([-1, -0.5, 0, 1, 1, -1, -1])
+    assert Symmetric()(image, brain, [{"p99_5": 0.0}]).isfinite().all()
+
+
+def test_symmetric_values_come_back_as_the_training_sets_mean_intensities():
+    offset, factor = Symmetric().training_scale([{"p99_5": 200.0}, {"p99_5": 400.0}])
+    assert [offset + factor * value for value in (-1, 0, 1)] == [0, 150, 300]

@@ -261,7 +261,7 @@ def test_a_second_preparation_at_the_same_time_is_refused(root, store):
     prepare(root, store)
     with open(store / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process is preparing it"):
+        with pytest.raises(UserError, match="another process is writing to it"):
             prepare(root, store)
     assert prepare(root, store).unchanged == IDS
 

@@ -194,3 +194,11 @@ def test_a_size_is_two_numbers_that_the_network_takes(size):
 def test_shares_are_shares(wrong, message):
     with pytest.raises(UserError, match=message):
         SiteSlices((200, 200), **wrong)
+
+
+def test_training_may_show_every_so_many_slices():
+    cut = SiteSlices(size=(64, 64), dropped_elsewhere=0.1, step=5)
+    assert list(cut.training((80, 80, 52), None)) == [5, 10, 15, 20, 25, 30, 35, 40, 45]
+    assert cut.tested((80, 80, 52)) == range(52)
+    with pytest.raises(UserError, match=r"data\.sampling\.step is 0"):
+        SiteSlices(step=0)

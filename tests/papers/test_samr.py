@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from mrgen.data.batch import label_map
 from mrgen.losses.segmentation import generalised_dice
-from mrgen.papers.samr import SAMR, label_map, regions
-from mrgen.protocols import Segmenter, Synthesizer
+from mrgen.papers.samr import SAMR, regions
+from mrgen.protocols import Generator, LabelMaps, Segmenter, Synthesizer
 from tests.launch.tools import composed
 
 MODALITIES = ("t1", "flair")
@@ -587,3 +588,30 @@ def test_generation_is_of_the_labels_that_are_given_and_leaves_the_model_as_it_i
     torch.testing.assert_close(alone, images[17:])
     mirrored = model.generate_slices(batch["label"].flip(1), batch["brain"], batch["atlas"])
     assert not torch.allclose(mirrored, images)
+
+
+@torch.no_grad()
+def test_it_answers_the_generators_protocol():
+    model = made()
+    assert isinstance(model, Generator)
+    assert (model.modalities, model.guides, model.scale) == (MODALITIES, ("atlas",), "symmetric")
+    assert made(atlas=False).guides == ()
+    batches = [example(seed=seed, slices=2) for seed in range(2)]
+    given = [LabelMaps(batch["label"], batch["brain"], {"atlas": batch["atlas"]}) for batch in batches]
+    subjects = list(model.generate(given, seed=3))
+    for batch, subject in zip(batches, subjects, strict=True):
+        expected = model.generate_slices(batch["label"], batch["brain"], batch["atlas"])
+        assert torch.equal(subject.image, expected)
+        assert subject.label is batch["label"]
+        assert subject.brain is batch["brain"]
+    assert torch.equal(next(model.generate(given, seed=4)).image, subjects[0].image)
+
+
+def test_the_logits_may_be_left_unmatched():
+    printed, without = made(), made(match_output=False)
+    labels, image, atlas = printed.parts(example())
+    synthetic = printed(labels, atlas)
+    found = [model.generator_losses(labels, image, synthetic, atlas)["features"] for model in (printed, without)]
+    real, fake = (printed.discriminate(labels, images, atlas) for images in (image, synthetic))
+    logits = sum(F.mse_loss(f[-1], r[-1]) for r, f in zip(real, fake, strict=True))
+    assert float(found[0] - found[1]) == pytest.approx(float(logits), rel=1e-4)
