@@ -49,16 +49,19 @@ def _distance(logits: Tensor, label: float, least_squares: bool) -> Tensor:
     return loss(logits, torch.full_like(logits, label))
 
 
-def feature_matching(real: Sequence[Tensor], fake: Sequence[Tensor], *, output: bool = True) -> Tensor:
-    """Squared distance of what a discriminator makes of real and of synthesised images, stage by stage.
+def feature_matching(
+    real: Sequence[Tensor], fake: Sequence[Tensor], *, output: bool = True, absolute: bool = False
+) -> Tensor:
+    """Distance of what a discriminator makes of real and of synthesised images, stage by stage.
 
     Equation 2 of SAMR (Guo et al. 2020): the mean square of each stage, summed over the stages, the logits included.
-    Pix2pixHD, where the loss comes from, takes absolute distances and leaves the logits out.
+    Pix2pixHD (Wang et al. 2018), where the loss comes from, takes absolute distances and leaves the logits out.
 
     Args:
         real: the features of one discriminator, of any shapes, the logits last; they get no gradient.
         fake: shaped like ``real``. Both hold the samples that count and no others; there may be none.
         output: whether the last, the logits, counts too.
+        absolute: mean absolute distances in place of mean squares.
 
     Returns:
         A float32 scalar; 0 with a gradient of zeros where no sample counts.
@@ -71,4 +74,5 @@ def feature_matching(real: Sequence[Tensor], fake: Sequence[Tensor], *, output: 
             f"expected features of equal shapes, found {[tuple(r.shape) for r in real]} and "
             f"{[tuple(f.shape) for f in fake]}"
         )
-    return torch.stack([(f.float() - r.detach().float()).square().sum() / max(f.numel(), 1) for r, f in stages]).sum()
+    differences = [f.float() - r.detach().float() for r, f in stages]
+    return torch.stack([(d.abs() if absolute else d.square()).sum() / max(d.numel(), 1) for d in differences]).sum()

@@ -68,6 +68,13 @@ def test_feature_matching_by_hand():
     assert float(feature_matching(real, fake, output=False)) == pytest.approx(3**2 / 2 + 2**2)
 
 
+def test_feature_matching_of_absolute_distances_by_hand():
+    """Pix2pixHD's, without the logits."""
+    real, fake = stages([1.0, 2.0], [0.0], [4.0]), stages([1.0, 5.0], [-2.0], [1.0])
+    assert float(feature_matching(real, fake, absolute=True)) == pytest.approx(3 / 2 + 2 + 3)
+    assert float(feature_matching(real, fake, output=False, absolute=True)) == pytest.approx(3 / 2 + 2)
+
+
 def test_feature_matching_is_nought_for_equal_features_and_squared():
     real = [torch.randn(2, 4, 5, 5), torch.randn(2, 1, 3, 3)]
     assert float(feature_matching(real, [feature.clone() for feature in real])) == 0
