@@ -1,4 +1,4 @@
-"""``mrgen-synthesize``: a checkpoint and a folder of scans become NIfTI files of a missing sequence and of lesions."""
+"""``mrgen-synthesize``: scans become NIfTI files of a missing sequence and of lesions; labels become a cohort."""
 
 from omegaconf import DictConfig
 
@@ -6,7 +6,7 @@ from mrgen.launch.app import run_app
 
 
 def task(conf: DictConfig) -> None:
-    """Synthesises every subject below the input; exit code 1 where some were left out."""
+    """Synthesises every subject below the input, or generates a cohort; exit code 1 where some were left out."""
     import sys
 
     from mrgen.launch.synthesizing import synthesize

@@ -1,4 +1,4 @@
-"""From a run and a folder of scans to NIfTI files: what ``mrgen-synthesize`` does."""
+"""From a run and a folder of scans to NIfTI files: what ``mrgen-synthesize`` does, but for generators' runs."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,8 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from mrgen.data.cohorts import Layout, Problem, SubjectFiles, find_subjects, read_layouts, recognise_layouts
 from mrgen.data.synthetic_files import SyntheticFiles
 from mrgen.errors import UserError
+from mrgen.launch.generating import GENERATING, generate
 from mrgen.launch.paths import CONF_DIR
+from mrgen.launch.runs import load_run
 from mrgen.launch.trained import Made, Scans, TrainedMethod
+from mrgen.protocols import Generator
 
 __all__ = ["synthesize"]
 
@@ -31,6 +34,8 @@ class _Job:
 def synthesize(conf: DictConfig) -> int:
     """Makes the missing sequence, the lesions or both of every subject below a folder; one line a subject.
 
+    A generator's run takes no scans and makes a cohort, see ``mrgen.launch.generating``.
+
     Args:
         conf: composed config of ``conf/synthesize.yaml``.
 
@@ -40,17 +45,29 @@ def synthesize(conf: DictConfig) -> int:
     Raises:
         UserError: what concerns all subjects: no such run, folder or layout, an output that cannot be written.
     """
-    for key, example in (("checkpoint", "runs/rsnet-t2/RUN"), ("input", "/data/patients"), ("output", "synthetic")):
-        if OmegaConf.is_missing(conf, key) or not conf[key]:
-            raise UserError(f"{key} is not set; give its path, such as {key}={example}")
-    root, output = (Path(str(conf[key])).expanduser() for key in ("input", "output"))  # 2023 is a folder too
+    _check_set(conf, "checkpoint", "runs/rsnet-t2/RUN")
+    run = load_run(conf.checkpoint)
+    generates = isinstance(run.model, Generator)
+    if not generates:
+        _check_set(conf, "input", "/data/patients")
+    _check_set(conf, "output", "synthetic")
+    output = Path(str(conf.output)).expanduser()  # 2023 is a folder too
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output={output} is a file; expected a folder, or a name for one")
+    if generates:
+        generate(run, conf)
+        return 0
+    if given := [key for key in GENERATING if conf[key] is not None]:
+        raise UserError(
+            f"{given[0]}={conf[given[0]]}: {run.conf.name} makes files of the scans in input and generates no cohort; "
+            f"leave {given[0]} out"
+        )
+    root = Path(str(conf.input)).expanduser()
     if not root.is_dir():
         raise UserError(f"input={root}: no such folder; expected one subject's folder, or a cohort's")
     if output.resolve() in (root.resolve(), *root.resolve().parents) or root.resolve() in output.resolve().parents:
         raise UserError(f"input={root} and output={output} lie in one another; the output needs a folder of its own")
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output={output} is a file; expected a folder, or a name for one")
-    method = TrainedMethod(conf)
+    method = TrainedMethod(run, conf)
     _say(f"{method.name} ({conf.checkpoint}): {', '.join(method.sources)} -> {', '.join(method.makes)}")
     layout = _find_layout(None if conf.layout is None else str(conf.layout), method, root)
 
@@ -94,6 +111,11 @@ def synthesize(conf: DictConfig) -> int:
     done = sum(job.subject.id not in left_out for job in jobs)
     _say(f"{done} made, {skipped} skipped, {len(left_out)} left out: {output}")
     return len(left_out)
+
+
+def _check_set(conf: DictConfig, key: str, example: str) -> None:
+    if OmegaConf.is_missing(conf, key) or not conf[key]:
+        raise UserError(f"{key} is not set; give its path, such as {key}={example}")
 
 
 def _read_ahead(

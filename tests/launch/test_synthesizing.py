@@ -228,7 +228,7 @@ def test_samples_of_a_method_that_draws_none(
         del run.model.mc_samples, run.model.mc_batch
         return run
 
-    monkeypatch.setattr("mrgen.launch.trained.load_run", load_another_method)
+    monkeypatch.setattr("mrgen.launch.synthesizing.load_run", load_another_method)
     with pytest.raises(UserError, match="mc_batch=2: rsnet-t2 has no mc_batch and draws no samples; leave it out"):
         made(rsnet_run, scans_of_a, tmp_path / "out", "mc_batch=2")
 

@@ -196,10 +196,10 @@ def test_a_mistake_is_one_sentence_and_exit_code_1(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]  # no run folder of Hydra's
 
 
-def test_help_shows_two_examples_and_the_script_starts_light(mrgen: Script):
+def test_help_shows_examples_and_the_script_starts_light(mrgen: Script):
     called = mrgen("synthesize", "--help")
     assert called.code == 0
-    assert called.out.partition("== Examples ==")[2].count("\nmrgen-synthesize ") == 2
+    assert called.out.partition("== Examples ==")[2].count("\nmrgen-synthesize ") == 3
     code = "import sys, mrgen.synthesize; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "nibabel", "SimpleITK", "monai", "scipy"} & set(loaded)

@@ -1,0 +1,269 @@
+"""From a generator's run to a synthetic cohort: what ``mrgen-synthesize`` does where no scans are needed."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from mrgen.data.generated import (
+    Lesion,
+    Planned,
+    draw_lesion,
+    generator_seed,
+    maps_of,
+    own_numbers,
+    plan_subjects,
+    prepared_digest,
+    read_generated,
+    synthetic_layout,
+    write_generated,
+    write_synthetic,
+)
+from mrgen.data.lesions import KINDS
+from mrgen.data.slices import SiteSlices
+from mrgen.data.store import (
+    Store,
+    StoredSubject,
+    read_cohort,
+    read_subjects,
+    remove_leftovers,
+    sole_writer,
+    write_cohort,
+)
+from mrgen.errors import UserError
+from mrgen.launch.runs import Run
+from mrgen.launch.trained import choose_device, inference_precision
+from mrgen.launch.training import checked_seed
+from mrgen.protocols import Generated, LabelMaps
+
+__all__ = ["GENERATING", "generate"]
+
+# Keys of conf/synthesize.yaml that generators alone know, and those that they do not.
+GENERATING = ("subjects", "slices", "manipulations", "store")
+_OF_SCANS = ("input", "layout", "mc_samples", "mc_batch")
+_DONE = {
+    "mirror": "mirrored",
+    "move": "moved",
+    "enlarge": "enlarged",
+    "shrink": "shrunk",
+    "transplant": "transplanted",
+}
+
+
+def generate(run: Run, conf: DictConfig) -> Path:
+    """Writes a synthetic cohort, or what is missing of one; one line a subject.
+
+    Args:
+        run: of a ``mrgen.protocols.Generator``.
+        conf: ``output``, ``subjects``, ``slices``, ``manipulations``, ``store``, ``seed``, ``device`` and ``precision``
+            of ``conf/synthesize.yaml``.
+
+    Returns:
+        The store.
+
+    Raises:
+        UserError: a setting that cannot be followed; no real store, or another than the run was trained on; an output
+            that holds something else, or the same with other settings.
+    """
+    cohort = _Cohort(run, conf)
+    output = Path(str(conf.output)).expanduser()
+    print(f"{run.conf.name} ({conf.checkpoint}): {', '.join(run.model.modalities)} of {len(cohort.plan)} subjects")
+    with sole_writer(output):
+        earlier = read_generated(output)
+        _check_output(output, earlier, cohort.table)
+        remove_leftovers(output)
+        there = {id: table["source"].get("slices") for id, table in read_subjects(output).items()}
+        todo = [planned for planned in cohort.plan if there.get(planned.id) != planned.slices]
+        if todo or earlier is None or any(earlier[key] != value for key, value in cohort.table.items()):
+            write_generated(output, {**cohort.table, "complete": False})
+            write_cohort(output, synthetic_layout(cohort.real.layout), run.model.modalities)
+            cohort.make(todo, output)
+            write_generated(output, cohort.table)
+        done = [table for id, table in read_subjects(output).items() if id in {planned.id for planned in cohort.plan}]
+    counts = Counter(str(table["source"]["manipulation"]) for table in done)
+    lesions = [f"{counts[kind]} {_DONE[kind]}" for kind in KINDS if counts[kind]]
+    lesions += [f"{counts['None']} as they were"] if counts["None"] else []
+    print(
+        f"{len(todo)} made, {len(done) - len(todo)} skipped; {len(done)} subjects of {cohort.table['slices']} slices, "
+        f"lesions: {', '.join(lesions)}: {output}"
+    )
+    return output
+
+
+class _Cohort:
+    """What is to be made, and of what.
+
+    Attributes:
+        real: the store that the generator was trained on.
+        plan: its subjects.
+        table: what ``generated.json`` says in the end.
+    """
+
+    def __init__(self, run: Run, conf: DictConfig):
+        if given := [key for key in _OF_SCANS if not OmegaConf.is_missing(conf, key) and conf[key] is not None]:
+            raise UserError(
+                f"{given[0]}={conf[given[0]]}: {run.conf.name} generates from its own cohort's labels; leave "
+                f"{given[0]} out"
+            )
+        run.check_scale()
+        if (slices := run.slices) is None:
+            raise UserError(
+                f"checkpoint={conf.checkpoint}: {run.conf.name} was trained on other samples than whole axial slices "
+                f"({run.conf.data.sampling._target_}); train it with data/sampling=slices"
+            )
+        self.seed, self.kinds = checked_seed(conf.seed), _kinds(conf.manipulations)
+        self.model, self.real = run.model, _real_store(run, conf.store)
+        self.training = _training(run, self.real)
+        self.plan = _plan(conf, self.training, slices, self.seed)
+        self.lookup = self.real.layout.label_lookup(run.description["data"]["labels"])
+        self.guides = run.guides
+        self.scale = {name: run.description["data"]["intensity_scale"][name] for name in run.model.modalities}
+        self.device = choose_device(conf.device)
+        self.precision = inference_precision(conf.precision, self.device)
+        mixed = (run.description["data"].get("mix") or {}).get("patients", ())
+        self.table: dict[str, Any] = {
+            "method": str(run.conf.name),
+            "checkpoint": f"sha256:{run.digest()}",
+            "store": self.real.name,
+            "prepared": prepared_digest(self.training),
+            "patients": sorted({self.real.subjects[id].patient for id in run.split.train}.union(mixed)),
+            "subjects": len(self.plan),
+            "slices": sum(len(planned.kept) for planned in self.plan),
+            "manipulations": [kind for kind in KINDS if kind in self.kinds],
+            "seed": self.seed,
+            "precision": self.precision,
+            "complete": True,
+        }
+
+    def make(self, todo: list[Planned], output: Path) -> None:
+        """Makes subjects one after the other; one thread reads the next and one writes the last meanwhile."""
+        if isinstance(self.model, nn.Module):
+            self.model.to(self.device)
+        numbers = own_numbers(self.lookup)
+
+        def write(planned: Planned, lesion: Lesion, made: Generated, started: float) -> str:
+            write_synthetic(output, planned, lesion, made, scale=self.scale, numbers=numbers)
+            return _line(planned, lesion, time.perf_counter() - started)
+
+        with ThreadPoolExecutor(2) as pool:
+            writing: Future[str] | None = None
+            reading = [pool.submit(self._read, planned) for planned in todo[:1]]
+            for k, planned in enumerate(todo):
+                started = time.perf_counter()
+                lesion, maps = reading.pop().result()
+                reading = [pool.submit(self._read, following) for following in todo[k + 1 : k + 2]]
+                made = self._made(planned, maps)
+                if writing is not None:
+                    print(writing.result(), flush=True)
+                writing = pool.submit(write, planned, lesion, made, started)
+            if writing is not None:
+                print(writing.result(), flush=True)
+
+    def _read(self, planned: Planned) -> tuple[Lesion, LabelMaps]:
+        lesion = draw_lesion(planned, self.training, self.lookup, kinds=self.kinds, seed=self.seed)
+        return lesion, maps_of(planned, lesion, self.lookup, self.guides)
+
+    def _made(self, planned: Planned, maps: LabelMaps) -> Generated:
+        """What the generator makes, on the processor."""
+        guides = {name: guide.to(self.device) for name, guide in maps.guides.items()}
+        there = LabelMaps(maps.label.to(self.device), maps.brain.to(self.device), guides)
+        try:
+            with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, self.precision == "bf16-mixed"):
+                # One call a subject: it depends on no other.
+                made = next(iter(self.model.generate([there], generator_seed(planned, self.seed))))
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"{planned.id}: {self.device} lacks the memory; free some, or use device=cpu") from error
+        if not torch.isfinite(made.image).all():
+            raise UserError(
+                f"{planned.id}: the generator made NaN or infinite voxels with precision={self.precision}; "
+                "try precision=32-true, then another checkpoint"
+            )
+        return Generated(made.image.float().cpu(), made.label.cpu(), made.brain.cpu())
+
+
+def _kinds(asked: Any) -> tuple[str, ...]:
+    kinds = KINDS if asked is None else OmegaConf.to_container(asked) if OmegaConf.is_list(asked) else [asked]
+    if unknown := [kind for kind in kinds if kind not in KINDS]:  # type: ignore[union-attr]
+        raise UserError(
+            f"manipulations: found {', '.join(map(str, unknown))}; expected some of [{', '.join(KINDS)}], or [] for "
+            "labels as they are"
+        )
+    return tuple(kind for kind in KINDS if kind in kinds)  # type: ignore[operator]
+
+
+def _real_store(run: Run, asked: Any) -> Store:
+    """The store that the run was trained on. Raises UserError where there is none, or another."""
+    path = Path(str(asked or run.conf.data.store)).expanduser()
+    if read_cohort(path) is None:
+        raise UserError(
+            f"store={path}: found no cohort.json, expected the prepared cohort that {run.conf.name} was trained on; "
+            "say where it is now: store=FOLDER"
+        )
+    store = Store(path)
+    if lacking := [id for id in run.split.train if id not in store.subjects]:
+        raise UserError(
+            f"store={path}: found no {', '.join(lacking[:3])}{' …' if len(lacking) > 3 else ''}, expected all "
+            f"{len(run.split.train)} training subjects of {run.conf.name}; prepare the cohort again, or set store"
+        )
+    labels, classes = (run.description["data"][key] for key in ("labels", "classes"))
+    if list(store.layout.classes.get(labels, ())) != list(classes):
+        raise UserError(
+            f"store={path}: found the classes {store.layout.classes.get(labels)}, expected {classes}, which "
+            f"{run.conf.name} was trained on; set store to its own cohort"
+        )
+    return store
+
+
+def _training(run: Run, store: Store) -> list[StoredSubject]:
+    """The labelled subjects of training. Raises UserError where there are none."""
+    subjects = [store.subjects[id] for id in run.split.train if store.subjects[id].labelled]
+    if not subjects:
+        raise UserError(f"{run.conf.name} was trained on no subject with a label, which generation starts from")
+    return subjects
+
+
+def _plan(conf: DictConfig, training: list[StoredSubject], sampling: SiteSlices, seed: int) -> list[Planned]:
+    for key in ("subjects", "slices"):
+        if conf[key] is not None and (type(conf[key]) is not int or conf[key] < 1):
+            raise UserError(f"{key} is {conf[key]!r}; expected a whole number from 1 on, or null")
+    if conf.subjects is not None and conf.slices is not None:
+        raise UserError(f"subjects={conf.subjects} and slices={conf.slices} both say how many; give one of them")
+    if conf.slices is not None:
+        return plan_subjects(training, sampling, seed=seed, slices=conf.slices)
+    return plan_subjects(training, sampling, seed=seed, subjects=conf.subjects or len(training))
+
+
+def _check_output(output: Path, earlier: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> None:
+    """Raises UserError where the output holds anything but the beginning of what is asked for."""
+    advice = "choose another output, or delete that folder"
+    if earlier is None:
+        if read_cohort(output) is not None:
+            raise UserError(f"output={output}: found a prepared cohort that mrgen-synthesize did not make; {advice}")
+        return
+    said = {"prepared": "its real cohort was prepared anew since", "patients": "it was made from other patients"}
+    changed = [
+        said.get(key, f"{key} was {earlier.get(key)} and is now {value}")
+        for key, value in asked.items()
+        if key not in ("subjects", "slices", "complete") and earlier.get(key) != value
+    ]
+    if changed:
+        raise UserError(f"output={output} holds another synthetic cohort: {'; '.join(changed)}; {advice}")
+    if asked["slices"] < earlier["slices"]:
+        raise UserError(
+            f"output={output}: found {earlier['subjects']} subjects of {earlier['slices']} slices, asked for "
+            f"{asked['subjects']} of {asked['slices']}; ask for as many or more, {advice}"
+        )
+
+
+def _line(planned: Planned, lesion: Lesion, seconds: float) -> str:
+    done = "labels as they were" if lesion.manipulation is None else f"lesion {_DONE[lesion.manipulation]}"
+    if lesion.manipulation == "transplant":
+        done += f" from {lesion.subject.id}"
+    count = len(planned.kept)
+    return f"{planned.id}: {done}, {count} slice{'s' * (count != 1)} in {seconds:.1f} s"
