@@ -56,7 +56,7 @@ def test_the_wheel_holds_all_of_conf_and_all_modules(wheel: Path):
     names = set(zipfile.ZipFile(wheel).namelist())
     for file in (ROOT / "conf").rglob("*.yaml"):
         assert f"mrgen/conf/{file.relative_to(ROOT / 'conf').as_posix()}" in names
-    for file in (ROOT / "mrgen").rglob("*.py"):
+    for file in (path for kind in ("py", "html") for path in (ROOT / "mrgen").rglob(f"*.{kind}")):
         assert file.relative_to(ROOT).as_posix() in names
     assert not [name for name in names if name.startswith(("tests/", "conf/", "docs/", "benchmarks/"))]
 

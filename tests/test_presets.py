@@ -62,7 +62,8 @@ def test_there_is_something_to_test():
     methods = ("clustering", "clustering_search", "conditional_mean", "complementary", "random", "constant", "nothing")
     assert {f"t1_to_t2/{name}" for name in methods} == set(TRAININGS) - set(NETWORKS)
     assert "joint_imputation/cross_validation" in NETWORKS
-    assert {"rsnet/swap", "t1_to_t2/swap", "t1_to_t2/select", "joint_imputation/tables"} == set(EVALUATIONS)
+    judgements = {"rsnet/swap", "t1_to_t2/swap", "t1_to_t2/select", "joint_imputation/tables"}
+    assert judgements | {"samr/tables", "samr/samples"} == set(EVALUATIONS)
     assert {"phantom", "phantom_wmh", "brats2015", "brats2019", "brats2023", "wmh2017", "own"} <= set(COHORTS)
     assert {"data", "data/layout", "data/sampling", "model", "trainer", "tracking", "augmentation"} <= set(GROUPS)
 
@@ -73,7 +74,7 @@ def test_every_preset_composes_with_every_cohort(preset: str, cohort: str, own_t
     """Resolved to the last reference, with a target that the cohort has."""
     own = [f"data.layout={own_table}"] if cohort == "own" else []
     conf = composed("train", f"experiment={preset}", f"data={cohort}", "target=flair", *own)
-    if cohort == "own":  # the store brings what the file says
+    if cohort in ("own", "synthetic"):  # the store brings what the file says
         conf.data.layout = Layout.from_conf(own_table).to_conf()
         conf.data.modalities = ["t1", "flair"]
     resolved = OmegaConf.to_container(conf, resolve=True)
@@ -132,7 +133,7 @@ def test_every_evaluation_composes(preset: str):
     resolved = OmegaConf.to_container(conf, resolve=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
     evaluation = resolved["evaluation"]
-    assert evaluation["kind"] in {*KINDS, "cross_validation"}
+    assert evaluation["kind"] in {*KINDS, "cross_validation", "augmentation", "samples"}
     for row in evaluation.get("paper", {}).get("rows", {}).values():  # a number a region, or by measure and test set
         assert isinstance(row, dict) or len(row) == len(evaluation["regions"])
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SEQUENCES", "axial", "calibration_figure", "swap_figure", "synthesis_figure"]
 
-SEQUENCES = {"t1": "T1", "t2": "T2", "t1ce": "T1ce", "flair": "FLAIR"}  # the order of RS-Net's Figure 2
+SEQUENCES = {"t1": "T1", "t2": "T2", "t1ce": "T1ce", "flair": "FLAIR", "apt": "APTw"}  # the order of RS-Net's Figure 2
 _METHODS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: for all kinds of sight
 _CLIP = 99.5  # percentile of the variance at which its window ends: a few voxels would darken all others
 _DOTS = 3000  # voxels drawn an input

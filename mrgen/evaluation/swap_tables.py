@@ -21,6 +21,7 @@ __all__ = [
     "Rows",
     "adjust",
     "cell",
+    "estimate",
     "p_cell",
     "p_value",
     "paired",
@@ -70,10 +71,10 @@ def swap_summary(rows: Rows, *, regions: Sequence[str], paper: Mapping[str, Any]
         for measure, scale in (("dice", 100), ("hd95", 1)):
             for region in regions:
                 key = f"{measure}_{region}"
-                line |= _estimate(key, [scale * value for value in scores(rows, name, key).values()])
+                line |= estimate(key, [scale * value for value in scores(rows, name, key).values()])
                 if name != REAL:
                     pairs = paired(rows, name, REAL, key)
-                    line |= _estimate(f"{key}_change", [scale * (value - real) for value, real in pairs])
+                    line |= estimate(f"{key}_change", [scale * (value - real) for value, real in pairs])
                 line[f"{key}_p"] = None if name == REAL else p_value(rows, name, REAL, key)
             if printed and measure == "dice":
                 # A repeated method carries a running number; the paper has one row for it.
@@ -81,7 +82,7 @@ def swap_summary(rows: Rows, *, regions: Sequence[str], paper: Mapping[str, Any]
                 line |= {f"paper_{region}": value for region, value in zip(regions, values, strict=True)}
         for key in (*(f"{metric}_{where}" for where in PLACES for metric in QUALITY), *UNCERTAINTY):
             if any(key in row for row in rows if row["input"] == name):
-                line |= _estimate(key, list(scores(rows, name, key).values()))
+                line |= estimate(key, list(scores(rows, name, key).values()))
         lines.append(line)
     for measure in ("dice", "hd95"):
         adjust(lines, [f"{measure}_{region}_p" for region in regions])
@@ -110,7 +111,7 @@ def swap_pairs(rows: Rows) -> list[dict[str, Any]]:
                     "by": other.partition("/")[2],
                     "minus": first.partition("/")[2],
                     "n": len(pairs),
-                    **_estimate("mse_tumour", [a - b for a, b in pairs]),
+                    **estimate("mse_tumour", [a - b for a, b in pairs]),
                     "mse_tumour_p": p_value(rows, other, first, "mse_tumour"),
                 }
             )
@@ -314,6 +315,15 @@ def adjust(lines: Sequence[dict[str, Any]], keys: Sequence[str]) -> None:
         line[key] = p
 
 
-def _estimate(key: str, values: Sequence[float]) -> dict[str, float]:
+def estimate(key: str, values: Sequence[float]) -> dict[str, float]:
+    """A mean over subjects and its 95% bootstrap interval.
+
+    Args:
+        key: its name.
+        values: one a subject.
+
+    Returns:
+        The mean under the name, the interval under the name with ``_low`` and ``_high``; nan where there is none.
+    """
     low, high = bootstrap_interval(values)
     return {key: float(np.mean(values)) if values else math.nan, f"{key}_low": low, f"{key}_high": high}

@@ -17,7 +17,7 @@ from mrgen.evaluation.cross_validation_numbers import cross_validation_summary
 from mrgen.evaluation.cross_validation_tables import cross_validation_tables
 from mrgen.evaluation.figures import SEQUENCES
 from mrgen.evaluation.table import write_rows
-from mrgen.launch.evaluating import by_subjects, check_leaks, finished_runs, whole_volumes
+from mrgen.launch.evaluating import by_name, by_subjects, check_leaks, finished_runs, whole_volumes
 from mrgen.launch.instantiate import plain
 from mrgen.launch.runs import Run, load_run
 from mrgen.launch.status import read_status
@@ -60,7 +60,7 @@ def cross_validate(conf: DictConfig, out_dir: Path) -> Path:
         each = "; ".join(f"{target} from {source} on {store}" for source, target, store in sorted(tasks))
         raise UserError(f"the runs have several tasks: {each}; judge those of one source, target and store at a time")
     (source, target, _) = tasks.pop()
-    groups = [_named(group) for group in by_subjects(conf, runs)]
+    groups = [by_name(group) for group in by_subjects(conf, runs)]
     _check_once(conf, groups)
     missing = _missing(conf, groups)
     modules = [whole_volumes(conf, None, list(named.values())) for named in groups]
@@ -147,17 +147,6 @@ def _check_trained(run: Run) -> None:
 def _fold(run: Run) -> int:
     split = run.conf.data.split
     return int(split.fold) if split.kind == "folds" else 0
-
-
-def _named(runs: Sequence[Run]) -> dict[str, Run]:
-    """The runs of one fold by row name, which is the run's; repeated ones carry a running number."""
-    named: dict[str, Run] = {}
-    for run in runs:
-        name, count = str(run.conf.name), 2
-        while name in named:
-            name, count = f"{run.conf.name}#{count}", count + 1
-        named[name] = run
-    return named
 
 
 def _check_once(conf: DictConfig, groups: Sequence[Mapping[str, Run]]) -> None:

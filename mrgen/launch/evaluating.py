@@ -121,6 +121,17 @@ def by_subjects(conf: DictConfig, runs: list[Run]) -> list[list[Run]]:
     return list(groups.values())
 
 
+def by_name(runs: Sequence[Run]) -> dict[str, Run]:
+    """Runs by row name, which is the run's; repeated ones carry a running number."""
+    named: dict[str, Run] = {}
+    for run in runs:
+        name, count = str(run.conf.name), 2
+        while name in named:
+            name, count = f"{run.conf.name}#{count}", count + 1
+        named[name] = run
+    return named
+
+
 def _part(conf: DictConfig, run: Run) -> tuple[str, ...]:
     """The subjects of ``conf.subjects`` in a run's split."""
     ids = {"test": run.split.test, "val": run.split.val}.get(conf.subjects)
@@ -195,6 +206,7 @@ def whole_volumes(conf: DictConfig, segmenter: Run | None, runs: list[Run]) -> C
         "normalisation": STORED,
         "augmentation": [],
         "labelled": False,
+        "mix": None,
     }
     if conf.store:
         changes["store"] = conf.store

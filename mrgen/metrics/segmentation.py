@@ -1,5 +1,7 @@
-"""Dice and HD95 of the nested regions that challenges score (whole tumour, tumour core, enhancing tumour)."""
+"""Dice, HD95, sensitivity and specificity of a mask, such as a label or one of the nested regions that challenges score
+(whole tumour, tumour core, enhancing tumour)."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -167,6 +169,48 @@ def region_hd95_directed(
     ignore = reference_labels == IGNORED
     predicted, reference = region_masks(predicted_labels, regions), region_masks(reference_labels, regions)
     return {name: hd95_directed(predicted[name], reference[name], spacing, ignore) for name in regions}
+
+
+def sensitivity(prediction: Tensor, reference: Tensor, ignore: Tensor | None = None) -> float:
+    """TP / (TP + FN), the share of the reference that is found.
+
+    Args:
+        prediction: (...) bool.
+        reference: (...) bool, shaped alike.
+        ignore: (...) bool, true where a voxel is removed from both.
+
+    Returns:
+        A number from 0 to 1; nan where the reference is empty, so that nothing could be found.
+
+    Raises:
+        ValueError: the masks are not bool or not of one shape.
+    """
+    prediction, reference = _kept(prediction, reference, ignore)
+    there = int(reference.sum())
+    return int((prediction & reference).sum()) / there if there else math.nan
+
+
+def specificity(prediction: Tensor, reference: Tensor, ignore: Tensor | None = None, *, beyond: int = 0) -> float:
+    """TN / (TN + FP), the share of what is not the reference that is left alone.
+
+    It depends on how much is looked at: of a whole image most voxels are far from any lesion.
+
+    Args:
+        prediction: (...) bool.
+        reference: (...) bool, shaped alike.
+        ignore: (...) bool, true where a voxel is removed from both and is no true negative either.
+        beyond: number of further voxels that are looked at and in neither, such as the padding of a slice.
+
+    Returns:
+        A number from 0 to 1; nan where everything is the reference.
+
+    Raises:
+        ValueError: the masks are not bool or not of one shape.
+    """
+    prediction, reference = _kept(prediction, reference, ignore)
+    ignored = 0 if ignore is None else int(ignore.sum())
+    negative = reference.numel() + beyond - ignored - int(reference.sum())
+    return 1 - int((prediction & ~reference).sum()) / negative if negative else math.nan
 
 
 def _kept(prediction: Tensor, reference: Tensor, ignore: Tensor | None) -> tuple[Tensor, Tensor]:

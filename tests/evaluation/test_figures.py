@@ -124,7 +124,7 @@ def test_columns_are_the_papers_and_rows_real_synthetic_variance(tmp_path, figur
     kept = syntheses(("apt/rsnet", "flair/rsnet", "t1ce/rsnet", "t1ce/rnet", "t2/rsnet", "t2/rsnet#2", "t1/rsnet"))
     synthesis_figure(kept, tmp_path / "figure.png", title="rsnet, subject 1", method="rsnet")
     axes = panels(figures[0])
-    assert [axis.get_title() for axis in axes[0]] == ["T1", "T2", "T1ce", "FLAIR", "APT"]
+    assert [axis.get_title() for axis in axes[0]] == ["T1", "T2", "T1ce", "FLAIR", "APTw"]
     assert [row[0].get_ylabel() for row in axes[:2]] == ["real", "synthetic"]
     assert "variance (z²)" in axes[2, 0].get_ylabel()
     assert "99.5th percentile" in axes[2, 0].get_ylabel()

@@ -16,6 +16,8 @@ from mrgen.metrics.segmentation import (
     region_hd95,
     region_hd95_directed,
     region_masks,
+    sensitivity,
+    specificity,
 )
 
 REGIONS = {"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}
@@ -256,3 +258,34 @@ def test_a_spacing_that_does_not_fit_is_refused(spacing):
 def test_hd95_refuses_label_maps():
     with pytest.raises(ValueError, match="bool"):
         hd95(labels(0), labels(1), (1, 1, 1))
+
+
+# ----- sensitivity and specificity --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sensitivity_and_specificity_agree_with_torchmetrics(seed):
+    from torchmetrics.functional.classification import binary_recall, binary_specificity
+
+    prediction, reference = labels(seed) == 1, labels(seed + 100) <= seed
+    assert sensitivity(prediction, reference) == pytest.approx(binary_recall(prediction, reference).item())
+    assert specificity(prediction, reference) == pytest.approx(binary_specificity(prediction, reference).item())
+
+
+def test_sensitivity_and_specificity_by_hand():
+    prediction = torch.tensor([True, True, False, False, False, True])
+    reference = torch.tensor([True, False, True, True, False, False])
+    ignore = torch.tensor([False, False, False, True, False, True])
+    assert sensitivity(prediction, reference) == pytest.approx(1 / 3)
+    assert specificity(prediction, reference) == pytest.approx(1 / 3)
+    assert sensitivity(prediction, reference, ignore) == pytest.approx(1 / 2)
+    assert specificity(prediction, reference, ignore) == pytest.approx(1 / 2)  # the ignored one is no negative
+    assert specificity(prediction, reference, ignore, beyond=8) == pytest.approx(9 / 10)
+
+
+def test_without_anything_to_find_there_is_no_sensitivity():
+    empty, full = torch.zeros(4, dtype=torch.bool), torch.ones(4, dtype=torch.bool)
+    assert math.isnan(sensitivity(full, empty))
+    assert math.isnan(specificity(full, full))
+    assert sensitivity(empty, full) == 0
+    assert specificity(full, empty) == 0

@@ -1,0 +1,195 @@
+"""From segmenters with and without synthetic training slices to tables: what ``mrgen-evaluate`` does for paper 2."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig, OmegaConf
+
+from mrgen.data.datamodule import CohortDataModule
+from mrgen.errors import UserError
+from mrgen.evaluation.augmentation import Augmentation
+from mrgen.evaluation.augmentation_figures import dice_figure, label_figure, median_and_low
+from mrgen.evaluation.augmentation_numbers import augmentation_summary, method_of
+from mrgen.evaluation.augmentation_tables import augmentation_tables
+from mrgen.evaluation.cross_validation import Method
+from mrgen.evaluation.figures import SEQUENCES
+from mrgen.evaluation.table import write_rows
+from mrgen.launch.evaluating import by_name, by_subjects, check_leaks, finished_runs, whole_volumes
+from mrgen.launch.instantiate import plain
+from mrgen.launch.runs import Run, load_run
+from mrgen.launch.training import build_trainer, checked_seed
+from mrgen.protocols import Segmenter
+
+__all__ = ["judge_augmentation"]
+
+
+def judge_augmentation(conf: DictConfig, out_dir: Path) -> Path:
+    """The judgement of ``experiment=samr/tables``: all runs on the held-out subjects of their common split.
+
+    Args:
+        conf: composed config of ``conf/evaluate.yaml``.
+        out_dir: gets ``config.yaml``, ``table.md`` (all tables), ``table.csv`` (their numbers), ``subjects.csv`` (one
+            line a subject, run and label), ``slices.csv`` (one a slice, run and label that is in reference or
+            prediction) and the figures ``segmentation.png`` and ``dice.png``.
+
+    Returns:
+        ``out_dir``.
+
+    Raises:
+        UserError: runs that do not fit together, or a subject whose patient a run, or the generator behind its
+            synthetic slices, was trained on.
+    """
+    if conf.subjects not in ("test", "val"):
+        raise UserError(f"subjects is {conf.subjects}; runs are judged on their common split: expected test or val")
+    seed, runs = checked_seed(conf.seed), [load_run(path) for path in finished_runs(conf)]
+    for run in runs:
+        if not isinstance(run.model, Segmenter) or run.slices is None:
+            raise UserError(
+                f"{run.path} is a {type(run.model).__name__}, which segments no slices; expected runs of a segmenter "
+                "such as experiment=samr/unet"
+            )
+    _check_alike(conf, runs)
+    named = by_name(runs)
+    _check_repeats(named)
+    module = whole_volumes(conf, runs[0], runs)  # the first as all others: they read the same sequences
+    subjects = {id: module.store.subjects[id] for id in module.split.test}
+    unlabelled = [id for id, subject in subjects.items() if not subject.labelled]
+    if unlabelled:
+        raise UserError(f"{', '.join(unlabelled[:3])}: no label, which this judgement needs; judge labelled subjects")
+    leaks = check_leaks(module, runs, module.split.test)
+    _check_generators(runs, {subject.patient for subject in subjects.values()})
+    pl.seed_everything(seed, verbose=False)
+    shown = str(conf.evaluation.shown)
+    shown = shown if shown in module.modalities else module.modalities[0]
+    judged = Augmentation(
+        methods={name: Method(run.model, run.normalisation, run.slices) for name, run in named.items() if run.slices},
+        modalities=module.modalities,
+        classes=module.classes,
+        subjects=subjects,
+        shown=shown,
+    )
+    trainer = build_trainer(conf.trainer, out_dir, callbacks=[], loggers=[])
+    trainer.test(judged, datamodule=module, verbose=False)
+    if trainer.is_global_zero:
+        notes = [f"Subjects: the {conf.subjects} part of the runs' common split, {module.store.path.name}.", *leaks]
+        notes += [f"{name}: {run.path.name} ({run.checkpoint.stem})." for name, run in named.items()]
+        _report(conf, out_dir, judged, named, module, notes)
+    return out_dir
+
+
+def _report(
+    conf: DictConfig,
+    out_dir: Path,
+    judged: Augmentation,
+    runs: Mapping[str, Run],
+    module: CohortDataModule,
+    notes: Sequence[str],
+) -> None:
+    out_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(plain(conf)), out_dir / "config.yaml")
+    evaluation = plain(conf.evaluation)
+    title = "SMOKE RUN, not a result: augmentation" if conf.smoke else "Augmentation"
+    labels, paper = _labels(evaluation, module.classes)
+    reference = str(evaluation["reference"])
+    write_rows(out_dir / "subjects.csv", judged.rows)
+    write_rows(out_dir / "slices.csv", judged.slices)
+    summary = augmentation_summary(judged.rows, labels=list(labels), reference=reference)
+    write_rows(out_dir / "table.csv", summary)
+    tables = augmentation_tables(
+        judged.rows,
+        title=title,
+        labels=labels,
+        reference=reference,
+        experiments=evaluation.get("experiments") or (),
+        claims=evaluation.get("claims") or (),
+        training={name: _training(run) for name, run in runs.items()},
+        paper=paper,
+        notes=notes,
+    ).values()
+    (out_dir / "table.md").write_text("\n".join(table.markdown() for table in tables), encoding="utf-8")
+    pictured = {id: judged.kept[id] for id in median_and_low(judged.rows)}
+    label_figure(
+        pictured,
+        out_dir / "segmentation.png",
+        title=f"{title}, subjects of median and of low Dice",
+        shown=SEQUENCES.get(judged.shown, judged.shown),
+        classes=module.classes[1:],
+    )
+    dice_figure(judged.rows, out_dir / "dice.png", title=f"{title}, Dice", labels=list(labels), reference=reference)
+    for table in tables:
+        table.show()
+
+
+def _labels(evaluation: Mapping[str, Any], classes: Sequence[str]) -> tuple[dict[str, str], Any]:
+    """Classes to report with their names in the paper, and the paper; where a cohort lacks one, its own and none."""
+    named = {str(label): str(name) for name, label in (evaluation.get("labels") or {}).items()}
+    if named and set(named) <= set(classes):
+        return named, evaluation.get("paper")
+    return {name: name for name in classes[1:]}, None
+
+
+def _check_alike(conf: DictConfig, runs: Sequence[Run]) -> None:
+    """Raises UserError where numbers of two runs could not be compared."""
+    if len({run.checkpoint.resolve() for run in runs}) < len(runs):
+        raise UserError("runs names a run twice; give every run once")
+    if len(groups := by_subjects(conf, list(runs))) > 1:
+        one, other = (group[0].path for group in groups[:2])
+        raise UserError(
+            f"{one} and {other} have other {conf.subjects} subjects or stores; train all runs with one split: "
+            "data.split.kind=file data.split.file=RUN/split.json"
+        )
+    for what, values in {
+        "sequences": {run.path: tuple(run.model.sources) for run in runs},
+        "classes": {run.path: tuple(_classes(run)) for run in runs},
+    }.items():
+        first, found = runs[0].path, values[runs[0].path]
+        for path, value in values.items():
+            if value != found:
+                raise UserError(
+                    f"{first} knows the {what} {', '.join(found)}, {path} {', '.join(value)}; judge those of one kind "
+                    "at a time"
+                )
+
+
+def _check_repeats(named: Mapping[str, Run]) -> None:
+    """Raises UserError for runs of one name that differ in more than their seed: they would be averaged."""
+    first: dict[str, Run] = {}
+    for name, run in named.items():
+        other = first.setdefault(method_of(name), run)
+        if _training(run) != _training(other):
+            raise UserError(
+                f"{other.path} and {run.path} are both called {method_of(name)} and were trained on other data or for "
+                "other times; train one of them under another name (name=…), or judge one at a time"
+            )
+
+
+def _classes(run: Run) -> list[str]:
+    return [str(name) for name in run.conf.data.layout.classes[run.conf.data.labels]]
+
+
+def _check_generators(runs: Sequence[Run], judged: set[str]) -> None:
+    """Raises UserError for synthetic slices whose generator knew a judged patient."""
+    for run in runs:
+        mix = run.description["data"].get("mix") or {}
+        if leaked := sorted(judged & set(mix.get("patients", ()))):
+            raise UserError(
+                f"{run.path}: its synthetic slices are of {mix.get('method')}, which was trained on {len(leaked)} of "
+                f"the {len(judged)} patients to evaluate ({', '.join(leaked[:3])}{' …' if len(leaked) > 3 else ''}); "
+                "train generator and segmenter with one split: data.split.kind=file data.split.file=RUN/split.json"
+            )
+
+
+def _training(run: Run) -> dict[str, Any]:
+    """How a run was trained; None where its checkpoint does not say."""
+    data, epochs = run.description["data"], run.conf.trainer.get("max_epochs")
+    mix, steps = data.get("mix"), data.get("steps_per_epoch")
+    return {
+        "real_slices": (mix or {}).get("real_slices", data.get("slices")),
+        "synthetic_slices": mix["synthetic_slices"] if mix else 0 if "mix" in data else None,
+        "epochs": epochs,
+        "steps": steps * epochs if steps and epochs else None,
+        "batch_size": run.conf.data.get("batch_size"),
+        "equal_steps": mix["equal_steps"] if mix else None,
+    }
