@@ -107,7 +107,7 @@ class Symmetric:
     outside = -1.0
 
     def __call__(self, image: Tensor, brain: Tensor, statistics: Sequence[Statistics]) -> Tensor:
-        """Normalises; arguments as of ``ZScore``, of whose statistics it needs ``p99_5``. A scan without signal is −1."""
+        """As ``ZScore``, of whose statistics it needs ``p99_5``. A scan without signal is −1."""
         out = torch.empty(image.shape, dtype=torch.float32, device=image.device)
         for channel, source, s in zip(out, image, statistics, strict=True):
             high = s["p99_5"] if s["p99_5"] > 0 else 1.0

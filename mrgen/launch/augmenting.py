@@ -183,13 +183,13 @@ def _check_generators(runs: Sequence[Run], judged: set[str]) -> None:
 
 def _training(run: Run) -> dict[str, Any]:
     """How a run was trained; None where its checkpoint does not say."""
-    data, epochs = run.description["data"], run.conf.trainer.get("max_epochs")
-    mix, steps = data.get("mix"), data.get("steps_per_epoch")
+    data, trained = run.description["data"], run.description.get("training") or {}
+    mix, size = data.get("mix"), run.conf.data.get("batch_size")
     return {
         "real_slices": (mix or {}).get("real_slices", data.get("slices")),
         "synthetic_slices": mix["synthetic_slices"] if mix else 0 if "mix" in data else None,
-        "epochs": epochs,
-        "steps": steps * epochs if steps and epochs else None,
-        "batch_size": run.conf.data.get("batch_size"),
+        "epochs": trained.get("epochs"),
+        "steps": trained.get("steps"),
+        "batch_size": size * trained["devices"] if size and trained else None,
         "equal_steps": mix["equal_steps"] if mix else None,
     }

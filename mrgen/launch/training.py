@@ -140,7 +140,6 @@ def _describe(conf: DictConfig, datamodule: CohortDataModule) -> dict[str, Any]:
             "normalisation": plain(conf.data.normalisation),
             "box": list(datamodule.whole.size or ()),  # norms that use a volume's own statistics depend on it
             "intensity_scale": {name: list(datamodule.intensity_scale(name)) for name in datamodule.modalities},
-            "steps_per_epoch": datamodule.train_steps(),
             "mix": datamodule.mix.describe(datamodule.real_slices()) if datamodule.mix else None,
             "slices": datamodule.real_slices() if isinstance(datamodule.sampling, SiteSlices) else None,
         },

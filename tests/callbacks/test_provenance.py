@@ -61,7 +61,7 @@ def leaves(value):
 def test_a_checkpoint_says_what_it_is_and_loads_as_plain_containers(tmp_path):
     model, path = saved(tmp_path)
     checkpoint = torch.load(path, weights_only=True)
-    assert checkpoint[KEY] == CONTENT
+    assert checkpoint[KEY] == {**CONTENT, "training": {"epochs": 1, "steps": 1, "devices": 1}}
     assert set(leaves(checkpoint[KEY])) <= {dict, list, str, int, float, bool, type(None)}
     again = TinyRSNet(
         modalities=["t1", "flair"], target="t1", classes=["background", "x"], regions={"x": [1]}, filters=2, levels=2

@@ -132,8 +132,9 @@ def test_an_older_checkpoint_that_says_less_has_dashes(tmp_path: Path, runs: dic
     older = tmp_path / "older"
     shutil.copytree(runs["real"], older)
     content = torch.load(older / "checkpoints" / "last.ckpt", weights_only=True)
-    for key in ("mix", "slices", "steps_per_epoch"):
+    for key in ("mix", "slices"):
         del content[KEY]["data"][key]
+    del content[KEY]["training"]
     torch.save(content, older / "checkpoints" / "last.ckpt")
     out = judged(tmp_path / "out", [older])
     assert "| real | – | – | 1 | – | 4 | – |" in (out / "table.md").read_text()

@@ -78,7 +78,7 @@ def test_a_checkpoint_says_what_an_epoch_was(runs: dict[str, Path], phantom_stor
     shown = [run.slices.training(store.subjects[id].shape, None) for id in run.split.train]
     assert data["slices"] == sum(map(len, shown))
     assert {each.step for each in shown} == {5}
-    assert data["steps_per_epoch"] == 2
+    assert run.description["training"] == {"epochs": 2, "steps": 4, "devices": 1}
     assert data["mix"] is None
 
 
