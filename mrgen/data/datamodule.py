@@ -145,7 +145,7 @@ class CohortDataModule(LightningDataModule):
         return counts
 
     def training_subjects(self) -> list[StoredSubject]:
-        """For estimators, which read whole volumes themselves."""
+        """Those of the split, whole: what estimators and guides learn from."""
         return self._subjects(self.split.train)
 
     def intensity_scale(self, modality: str) -> tuple[float, float]:

@@ -95,8 +95,8 @@ def augmented(
         image=tio.ScalarImage(tensor=parts["image"]),
         label=tio.LabelMap(tensor=parts["label"][None].to(torch.int16)),
         brain=tio.LabelMap(tensor=parts["brain"][None].to(torch.uint8)),
-        # As label maps no noise reaches them.
-        **{name: tio.LabelMap(tensor=part) for name, part in guides.items()},
+        # As label maps no noise reaches them; and what comes in at a border is 0, which has to be their least value.
+        **{name: tio.LabelMap(tensor=part - part.min()) for name, part in guides.items()},
     )
     with torch.random.fork_rng(devices=[]):  # TorchIO draws from torch's global generator
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPU's generator too
@@ -106,5 +106,5 @@ def augmented(
     if outside is not None:  # noise reaches the background and TorchIO pads with the image's minimum
         image = torch.where(brain, image, outside)
     label = subject["label"].data[0].long().contiguous()
-    moved = {name: subject[name].data.float().contiguous() for name in guides}
+    moved = {name: (subject[name].data.float() + part.min()).contiguous() for name, part in guides.items()}
     return {"image": image, "label": label, "brain": brain, **moved}

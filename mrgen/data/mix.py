@@ -50,6 +50,7 @@ class Mix:
         self.store = Store(store)
         self.subjects = self.store.subjects
         self.method, self.made_from = str(record["method"]), frozenset(record["patients"])
+        self._made = {key: record[key] for key in ("checkpoint", "seed", "slices")}
 
     def check(self, modalities: Sequence[str], classes: Sequence[str], labels: str, split: Split, real: Store) -> None:
         """Raises UserError where the cohort does not fit the real one, or knows its held-out patients."""
@@ -93,6 +94,7 @@ class Mix:
             "real_slices": real,
             "synthetic_slices": self.wanted(real),
             "patients": sorted(self.made_from),
+            "made": self._made,  # of which checkpoint, how many
         }
 
 

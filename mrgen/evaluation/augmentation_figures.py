@@ -13,6 +13,7 @@ import numpy as np
 
 from mrgen.evaluation.augmentation_numbers import by_patient, method_of, runs_of
 from mrgen.evaluation.figures import axial
+from mrgen.evaluation.samples_figures import mask_colours
 from mrgen.evaluation.swap_tables import Rows, scores
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["dice_figure", "label_figure", "median_and_low"]
 
 COLUMNS = 8  # of panels before they go on below
-COLOURS = ("#d1495b", "#edae49", "#66c2ff", "#9bd770")  # of the labels 1, 2, 3 and 4
 LOW = 0.1  # of the subjects ordered by Dice
 
 
@@ -65,6 +65,7 @@ def _labels(kept: Mapping[str, Mapping[str, Any]], title: str, shown: str, class
     panels = {
         id: {shown: None, "reference": part["label"], **part["predicted"]} for id, part in kept.items()
     }  # what is laid upon the image
+    colours = {name: colour for name, colour in mask_colours(["", *classes]).items() if name in classes}
     most = max(len(part) for part in panels.values())
     blocks = math.ceil(most / COLUMNS)  # rows of a subject
     columns = math.ceil(most / blocks)
@@ -83,19 +84,21 @@ def _labels(kept: Mapping[str, Mapping[str, Any]], title: str, shown: str, class
             axis.imshow(image, cmap="gray", vmin=low, vmax=high if high > low else low + 1)
             axis.set_title(name, fontsize=8)
             if labels is not None:
-                _superimpose(axis, axial(labels))
+                _superimpose(axis, axial(labels), list(colours.values()))
         axes[first, 0].set_ylabel(id, fontsize=8)
-    names = [Patch(color=colour, label=name) for colour, name in zip(COLOURS, classes, strict=False)]
+    names = [Patch(color=colour, label=name) for name, colour in colours.items()]
     figure.legend(handles=names, loc="outside lower center", ncols=max(1, len(names)), fontsize=8, frameon=False)
     figure.suptitle(textwrap.fill(title, int(10 * figure.get_figwidth())), fontsize=11)
     return figure
 
 
-def _superimpose(axis: "Axes", labels: np.ndarray) -> None:
+def _superimpose(axis: "Axes", labels: np.ndarray, colours: Sequence[str]) -> None:
     from matplotlib.colors import ListedColormap
 
     lesion = np.ma.masked_where((labels < 1) | (labels == 255), labels)
-    axis.imshow(lesion, cmap=ListedColormap(COLOURS), vmin=1, vmax=len(COLOURS), alpha=0.6, interpolation="nearest")
+    axis.imshow(
+        lesion, cmap=ListedColormap(colours), vmin=1, vmax=len(colours) + 1e-3, alpha=0.6, interpolation="nearest"
+    )
 
 
 def dice_figure(rows: Rows, path: Path, *, title: str, labels: Sequence[str], reference: str) -> None:

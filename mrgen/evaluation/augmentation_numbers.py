@@ -81,7 +81,8 @@ def augmentation_summary(rows: Rows, *, labels: Sequence[str], reference: str) -
         reference, paired by patient, and ``*_p`` of the paired Wilcoxon test, Holm-adjusted over all runs and labels,
         of every measure in turn; None for the reference, without one, and below 6 patients. ``hd95_median``, median
         over patients; ``dice_there``, ``slice_dice_there`` and ``slice_hd95_both``, means over patients; and
-        the sums ``slices``, ``slices_there``, ``slices_missed``, ``slices_false`` and ``one_empty`` (scans).
+        but for the mean of the labels the sums ``slices``, ``slices_there``, ``slices_missed``, ``slices_false`` and
+        ``one_empty`` (scans).
     """
     patients = by_patient(rows, labels)
     lines: list[dict[str, Any]] = []
@@ -101,7 +102,8 @@ def augmentation_summary(rows: Rows, *, labels: Sequence[str], reference: str) -
             for key in THERE:
                 values = scores(own, name, key)
                 line[key] = float(np.mean(list(values.values()))) if values else math.nan
-            lines.append(line | {key: int(sum(row[key] for row in own)) for key in COUNTS})
+            counted = () if label == MEAN else COUNTS
+            lines.append(line | {key: int(sum(row[key] for row in own)) for key in counted})
     for key in TESTED:
         adjust(lines, [f"{key}_p"])
     return lines

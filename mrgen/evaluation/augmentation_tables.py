@@ -131,7 +131,7 @@ def _training(training: Mapping[str, Mapping[str, Any]], title: str) -> Table:
     for name, facts in training.items():
         values = [facts.get(key) for key in TRAINING]
         table.rows.append([name, *(_said(value) for value in values)])
-    table.notes = ["steps equalised: an epoch has as many as of the real slices alone. Steps and batch are a device's."]
+    table.notes = ["steps equalised: an epoch has as many as of the real slices alone. batch size: of all devices."]
     known = {facts.get("steps") for facts in training.values()} - {None}
     if len(known) > 1:
         table.notes.append("The runs differ in their number of optimiser steps, and not in their data alone.")

@@ -219,7 +219,8 @@ def sample_tables(summary: Rows, *, classes: Sequence[str], title: str, notes: S
             [[name, where, *cells(name, key, 3)] for name in names if name != REAL for key, where in PLACES.items()],
             [
                 over,
-                "On [−1, 1]. It describes and is no measure of usefulness: who is given a mask cannot know the slice.",
+                "On [−1, 1]. It describes and is no measure of usefulness: who is given a mask cannot know the slice, "
+                "but for what tissue probabilities (shin), which are taken from it, tell.",
                 *notes,
             ],
         ),

@@ -27,6 +27,7 @@ _token = secrets.token_hex(2)
 def register_resolvers() -> None:
     """The resolvers that ``conf/`` uses beyond OmegaConf's own."""
     OmegaConf.register_new_resolver("token", lambda: _token, replace=True)
+    OmegaConf.register_new_resolver("float", float, replace=True)  # 1, 1.0 and 1.00 are one name
 
 
 def run_app(config_name: str, task: Callable[[DictConfig], None]) -> None:

@@ -59,7 +59,6 @@ def judge_augmentation(conf: DictConfig, out_dir: Path) -> Path:
     if unlabelled:
         raise UserError(f"{', '.join(unlabelled[:3])}: no label, which this judgement needs; judge labelled subjects")
     leaks = check_leaks(module, runs, module.split.test)
-    _check_generators(runs, {subject.patient for subject in subjects.values()})
     pl.seed_everything(seed, verbose=False)
     shown = str(conf.evaluation.shown)
     shown = shown if shown in module.modalities else module.modalities[0]
@@ -169,18 +168,6 @@ def _classes(run: Run) -> list[str]:
     return [str(name) for name in run.conf.data.layout.classes[run.conf.data.labels]]
 
 
-def _check_generators(runs: Sequence[Run], judged: set[str]) -> None:
-    """Raises UserError for synthetic slices whose generator knew a judged patient."""
-    for run in runs:
-        mix = run.description["data"].get("mix") or {}
-        if leaked := sorted(judged & set(mix.get("patients", ()))):
-            raise UserError(
-                f"{run.path}: its synthetic slices are of {mix.get('method')}, which was trained on {len(leaked)} of "
-                f"the {len(judged)} patients to evaluate ({', '.join(leaked[:3])}{' …' if len(leaked) > 3 else ''}); "
-                "train generator and segmenter with one split: data.split.kind=file data.split.file=RUN/split.json"
-            )
-
-
 def _training(run: Run) -> dict[str, Any]:
     """How a run was trained; None where its checkpoint does not say."""
     data, trained = run.description["data"], run.description.get("training") or {}
@@ -192,4 +179,5 @@ def _training(run: Run) -> dict[str, Any]:
         "steps": trained.get("steps"),
         "batch_size": size * trained["devices"] if size and trained else None,
         "equal_steps": mix["equal_steps"] if mix else None,
+        "made": mix.get("made") if mix else None,
     }

@@ -281,6 +281,13 @@ def check_leaks(datamodule: CohortDataModule, runs: list[Run], ids: tuple[str, .
             part: {subjects[id].patient for id in getattr(run.split, part) if id in subjects}
             for part in ("train", "val")
         }
+        mix = run.description["data"].get("mix") or {}
+        if leaked := sorted(evaluated & set(mix.get("patients", ()))):
+            raise UserError(
+                f"{run.path}: its synthetic slices are of {mix['method']}, which was trained on {len(leaked)} of the "
+                f"{len(evaluated)} patients to evaluate ({', '.join(leaked[:3])}{' …' if len(leaked) > 3 else ''}); "
+                "train generator and segmenter with one split: data.split.kind=file data.split.file=RUN/split.json"
+            )
         if leaked := sorted(evaluated & seen["train"]):
             raise UserError(
                 f"{run.path} was trained on {len(leaked)} of the {len(evaluated)} patients to evaluate "

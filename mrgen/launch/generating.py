@@ -38,6 +38,7 @@ from mrgen.data.store import (
 )
 from mrgen.errors import UserError
 from mrgen.launch.runs import Run
+from mrgen.launch.status import read_status
 from mrgen.launch.trained import choose_device, inference_precision
 from mrgen.launch.training import checked_seed
 from mrgen.protocols import Generated, LabelMaps
@@ -110,6 +111,13 @@ class _Cohort:
             raise UserError(
                 f"{given[0]}={conf[given[0]]}: {run.conf.name} generates from its own cohort's labels; leave "
                 f"{given[0]} out"
+            )
+        state = read_status(run.path).get("state")
+        if state != "finished" and run.path == Path(str(conf.checkpoint)).expanduser().absolute():
+            raise UserError(
+                f"checkpoint={conf.checkpoint}: {run.conf.name} is {state or 'of unknown state'} and not finished; go "
+                f"on with it (mrgen-train resume={conf.checkpoint}), or give the checkpoint's file to generate from it "
+                "as it is"
             )
         run.check_scale()
         if (slices := run.slices) is None:
@@ -256,7 +264,7 @@ def _check_output(output: Path, earlier: Mapping[str, Any] | None, asked: Mappin
         raise UserError(f"output={output} holds another synthetic cohort: {'; '.join(changed)}; {advice}")
     if asked["slices"] < earlier["slices"]:
         raise UserError(
-            f"output={output}: found {earlier['subjects']} subjects of {earlier['slices']} slices, asked for "
+            f"output={output}: made for {earlier['subjects']} subjects of {earlier['slices']} slices, asked for "
             f"{asked['subjects']} of {asked['slices']}; ask for as many or more, {advice}"
         )
 

@@ -227,6 +227,12 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
             raise UserError(
                 f"{last} holds another network than the config describes; a resumed run keeps its model"
             ) from error
+    description = _describe(conf, datamodule)
+    if saved and saved[KEY]["data"].get("mix") != description["data"]["mix"]:  # other slices would be drawn
+        raise UserError(
+            f"{run_dir}: data.mix.store={conf.data.mix.store} is not the cohort any more that this run was trained on; "
+            "restore it, or train anew"
+        )
     if saved:  # the atlas of the subjects that it was trained on
         datamodule.guides = load_guides(guides, run_dir)
     learned = datamodule.guides
@@ -238,7 +244,7 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
     checkpoints = run_dir / "checkpoints"
     callbacks: list[Callback] = [
         SeedSteps(conf.seed),
-        Provenance(_describe(conf, datamodule)),
+        Provenance(description),
         LearningRateMonitor("epoch"),
     ]
     monitor = conf.get("monitor", "val/loss")

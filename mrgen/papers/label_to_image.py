@@ -66,7 +66,7 @@ class LabelToImage(LightningModule):
     Attributes:
         scale: of its images, [−1, 1].
         guides: what batches and generation need beside labels: the tissue probabilities, or nothing.
-        divisor: what every axis of a slice must be a multiple of.
+        divisor, smallest: what every axis of a slice must be a multiple of, and the least that it may be.
     """
 
     scale = "symmetric"
@@ -134,6 +134,7 @@ class LabelToImage(LightningModule):
         else:
             raise ValueError(f"generator is {generator!r}; expected unet or global")
         self.divisor = self.generator.divisor
+        self.smallest = 24 if generator == "unet" else 2 * self.divisor  # of the PatchGAN, of the global generator
         self.val_means = SubjectMeans(["loss", "mae_brain", "mae_lesion"])
 
     def condition(self, labels: Tensor, tissue: Tensor | None) -> Tensor:

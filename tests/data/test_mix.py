@@ -79,6 +79,7 @@ def test_a_fraction_is_of_the_real_slices_and_none_is_shown_twice(phantom_store,
         "real_slices": real,
         "synthetic_slices": 30,
         "patients": sorted(data.mix.made_from),
+        "made": {"checkpoint": "sha256:0", "seed": 0, "slices": 80},
     }
 
 

@@ -172,8 +172,8 @@ def test_another_cohort_is_not_written_over(samr_run: Path, phantom_store: Path,
         (["subjects=2", "seed=1"], r"holds another synthetic cohort: seed was 0 and is now 1; choose another output"),
         (["subjects=2", ASIS], r"manipulations was .* and is now \[\]"),
         (["subjects=2", "precision=bf16-mixed"], "precision was 32-true and is now bf16-mixed"),
-        (["subjects=1"], r"found 2 subjects of \d+ slices, asked for 1 of \d+; ask for as many or more"),
-        (["slices=1"], r"found 2 subjects of \d+ slices, asked for 1 of 1"),
+        (["subjects=1"], r"made for 2 subjects of \d+ slices, asked for 1 of \d+; ask for as many or more"),
+        (["slices=1"], r"made for 2 subjects of \d+ slices, asked for 1 of 1"),
     ):
         with pytest.raises(UserError, match=said):
             made(samr_run, out, *overrides)
