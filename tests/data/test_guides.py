@@ -91,6 +91,18 @@ def test_spatial_transforms_move_guides_along_and_intensities_leave_them(store, 
     assert bool((other["image"][:, ~other["brain"]] == -1).all())  # the background of this scale
 
 
+def test_what_comes_in_at_a_border_is_background_in_the_atlas_too(store, subjects, guides):
+    data = dataset(SliceDataset, store, subjects[5:6], guides)
+    data.augment = tio.Affine(scales=1, degrees=0, translation=(8, 0, 0))  # voxels: a tensor has sides of 1 mm
+    middle = len(data) // 2
+    plain = dataset(SliceDataset, store, subjects[5:6], guides)[0, 0, middle]["atlas"]
+    moved = data[0, 0, middle]["atlas"]
+    assert torch.allclose(moved[:, 8:], plain[:, :-8]) or torch.allclose(moved[:, :-8], plain[:, 8:])
+    assert float(moved.min()) == pytest.approx(float(plain.min()))
+    border = moved[:, :8] if torch.allclose(moved[:, 8:], plain[:, :-8]) else moved[:, -8:]
+    assert torch.allclose(border, plain.min().expand_as(border))
+
+
 def test_what_a_generator_is_given_is_what_training_saw(store, subjects, guides):
     cut, subject = SiteSlices(**CUT, step=2), subjects[6]
     x, y, _ = cut.box(subject.shape, None)

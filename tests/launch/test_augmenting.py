@@ -17,8 +17,11 @@ from mrgen.data.splits import Split
 from mrgen.data.store import Store, write_cohort, write_subject
 from mrgen.errors import UserError
 from mrgen.launch.augmenting import judge_augmentation
+from mrgen.launch.evaluating import check_leaks
 from mrgen.launch.paths import CONF_DIR
-from mrgen.launch.training import train
+from mrgen.launch.runs import load_run
+from mrgen.launch.training import build_datamodule, train
+from tests.launch.test_training import resumed
 from tests.launch.tools import CPU, Called, composed
 
 PRESET = yaml.safe_load((CONF_DIR / "experiment" / "samr" / "tables.yaml").read_text())["evaluation"]
@@ -120,6 +123,21 @@ def test_a_generator_that_knew_a_judged_patient_is_refused(tmp_path: Path, runs:
     leaking = changed(runs["samr-0.5"], tmp_path / "leaking", patients=["x", patient])
     with pytest.raises(UserError, match=rf"slices are of samr, which was trained on 1 of the 2 patients .*{patient}"):
         judged(tmp_path / "out", [runs["real"], leaking])
+
+
+def test_no_other_judgement_takes_such_a_segmenter_either(tmp_path: Path, runs: dict[str, Path], phantom_store: Path):
+    store = Store(phantom_store)
+    (id, *_) = Split.load(runs["real"] / "split.json").test
+    leaking = load_run(changed(runs["samr-0.5"], tmp_path / "leaking", patients=[store.subjects[id].patient]))
+    module = build_datamodule(leaking.conf.data, mix=None)
+    with pytest.raises(UserError, match="slices are of samr"):
+        check_leaks(module, [leaking], (id,))
+
+
+def test_a_resumed_run_is_not_trained_on_another_cohort(tmp_path: Path, runs: dict[str, Path]):
+    grown = changed(runs["samr-0.5"], tmp_path / "grown", made={"checkpoint": "sha256:0", "seed": 0, "slices": 40})
+    with pytest.raises(UserError, match=r"not the cohort any more that this run was trained on; restore it, or train"):
+        resumed(grown, "trainer.max_epochs=3")
 
 
 def test_runs_of_one_name_must_differ_in_their_seed_alone(tmp_path: Path, runs: dict[str, Path]):

@@ -278,3 +278,12 @@ def test_no_real_scan_is_prepared_among_synthetic_ones(
     store = made(samr_run, tmp_path / "out", "subjects=1")
     called = mrgen("prepare", "data=brats2019", f"data.root={phantom_cohort}", f"data.store={store.path}", "workers=0")
     assert "found a store of synthetic, expected brats2019 or none" in called.message
+
+
+def test_a_generator_that_stopped_half_way_is_not_taken_for_a_finished_one(samr_run: Path, tmp_path: Path):
+    stopped = tmp_path / "stopped"
+    shutil.copytree(samr_run, stopped)
+    (stopped / "status.json").write_text('{"state": "failed", "reason": "killed"}')
+    with pytest.raises(UserError, match=r"is failed and not finished; go on with it \(mrgen-train resume="):
+        made(stopped, tmp_path / "out", "subjects=1")
+    assert len(made(stopped / "checkpoints" / "last.ckpt", tmp_path / "out", "subjects=1")) == 1  # asked for as it is

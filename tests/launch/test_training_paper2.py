@@ -16,6 +16,7 @@ from mrgen.errors import UserError
 from mrgen.launch.instantiate import instantiate
 from mrgen.launch.runs import load_run
 from mrgen.launch.training import train
+from mrgen.papers.label_to_image import LabelToImage
 from mrgen.papers.samr import SAMR
 from mrgen.protocols import Generator, Segmenter
 from tests.launch.test_training import checkpoint, differences, moved, resumed
@@ -111,6 +112,19 @@ def test_what_does_not_fit_is_refused_before_the_first_batch(
     assert not (tmp_path / "config.yaml").exists()
 
 
+def test_a_baseline_that_cannot_take_the_slices_says_so(phantom_store: Path, tmp_path: Path):
+    narrow = ("model.filters=4", "model.discriminator_filters=2", "model.downs=4")
+    with pytest.raises(UserError, match=r"multiples of 16 from 24 on"):
+        trained(tmp_path, phantom_store, "pix2pix", *narrow, "data.sampling.size=[16,16]")
+    with pytest.raises(UserError, match=r"multiples of 32 from 64 on"):
+        trained(tmp_path, phantom_store, "pix2pixhd", *narrow, "model.downs=5", "data.sampling.size=[32,32]")
+
+
+@pytest.mark.parametrize("fraction", ["1", "1.0", "1.00"])
+def test_a_mix_has_one_name_however_its_fraction_is_written(fraction: str):
+    assert composed("train", "experiment=samr/unet_mixed", f"data.mix.fraction={fraction}").name == "samr-1.0"
+
+
 def test_the_segmenter_sees_slices_and_judges_volumes(phantom_store: Path, tmp_path: Path):
     narrow = ("model.net.filters=2", "model.net.downs=3", "model.constant_epochs=1", "model.decay_epochs=1")
     run = load_run(trained(tmp_path, phantom_store, "unet", *narrow))
@@ -162,13 +176,19 @@ class Keep(pl.Callback):
         (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(steps))
 
 
+SMALL = {
+    SAMR: {"filters": 2, "downs": 2, "blocks": 1, "discriminator_filters": 2, "unet_filters": 2, "unet_downs": 2},
+    LabelToImage: {"filters": 4, "downs": 3, "discriminator_filters": 2, "scales": 1, "generator": "global"},
+}
+
+
 @pytest.mark.slow
-def test_two_processes_keep_both_players_in_step(tmp_path: Path):
+@pytest.mark.parametrize("cls", SMALL, ids=lambda cls: cls.__name__)
+def test_two_processes_keep_both_players_in_step(cls: type[pl.LightningModule], tmp_path: Path):
     from torch.utils.data.distributed import DistributedSampler
 
-    small = {"filters": 2, "downs": 2, "blocks": 1, "discriminator_filters": 2, "unet_filters": 2, "unet_downs": 2}
     pl.seed_everything(0, verbose=False)
-    model = SAMR(modalities=("t1", "t2"), classes=("background", "lesion"), lr=1e-2, **small)
+    model = cls(modalities=("t1", "t2"), classes=("background", "lesion"), lr=1e-2, **SMALL[cls])
     first = {name: value.clone() for name, value in model.state_dict().items()}
     # Each process shuffles for itself here: without what DDP does, they would end elsewhere.
     loader = DataLoader(Slices(), batch_size=2, sampler=DistributedSampler(Slices(), 2, rank=0, shuffle=True))
@@ -187,7 +207,7 @@ def test_two_processes_keep_both_players_in_step(tmp_path: Path):
     one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     weights = dict(model.named_parameters())
     assert all(torch.equal(one[name], other[name]) for name in weights)
-    for player in ("generator", "discriminators", "segmenter"):
+    for player in ("generator", "discriminators", *(["segmenter"] if cls is SAMR else [])):
         moved = [not torch.equal(one[name], first[name]) for name in weights if name.startswith(player)]
         assert all(moved)
         assert moved
