@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mrgen.data.atlas import Atlas
+from mrgen.data.slices import SiteSlices
 from mrgen.data.store import Store
 from mrgen.errors import UserError
 from mrgen.launch.instantiate import instantiate
 from mrgen.launch.runs import load_run
-from mrgen.launch.training import train
+from mrgen.launch.training import _check_shapes, train
 from mrgen.papers.label_to_image import LabelToImage
 from mrgen.papers.samr import SAMR
 from mrgen.protocols import Generator, Segmenter
@@ -112,12 +114,19 @@ def test_what_does_not_fit_is_refused_before_the_first_batch(
     assert not (tmp_path / "config.yaml").exists()
 
 
-def test_a_baseline_that_cannot_take_the_slices_says_so(phantom_store: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("preset", "size", "message"),
+    [
+        ("pix2pix", 16, r"multiples of 16 from 24 on"),
+        ("pix2pixhd", 16, r"multiples of 16 from 32 on"),
+        ("shin", 40, r"multiples of 16 from 24 on"),
+    ],
+)
+def test_a_baseline_that_cannot_take_the_slices_says_so(preset: str, size: int, message: str):
     narrow = ("model.filters=4", "model.discriminator_filters=2", "model.downs=4")
-    with pytest.raises(UserError, match=r"multiples of 16 from 24 on"):
-        trained(tmp_path, phantom_store, "pix2pix", *narrow, "data.sampling.size=[16,16]")
-    with pytest.raises(UserError, match=r"multiples of 32 from 64 on"):
-        trained(tmp_path, phantom_store, "pix2pixhd", *narrow, "model.downs=5", "data.sampling.size=[32,32]")
+    model = instantiate(composed("train", f"experiment=samr/{preset}", *narrow).model)
+    with pytest.raises(UserError, match=message):
+        _check_shapes(model, SimpleNamespace(sampling=SiteSlices(size=(size, size))))
 
 
 @pytest.mark.parametrize("fraction", ["1", "1.0", "1.00"])
@@ -216,14 +225,6 @@ def test_two_processes_keep_both_players_in_step(cls: type[pl.LightningModule], 
 
 
 # ----- as a user --------------------------------------------------------------------------------------------------
-
-
-def test_every_generator_is_planned_at_its_full_size(mrgen: Callable[..., Called], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("mrgen.launch.plan._rate", lambda half: 1e12)
-    for name in ("samr", "pix2pix", "pix2pixhd", "shin"):
-        called = mrgen("train", f"experiment=samr/{name}", "plan=true", "data=brats2019")
-        assert called.code == 0, called
-        assert "256 × 256" in called.out
 
 
 def test_the_phantom_of_paper_2_has_five_sequences(mrgen: Callable[..., Called], tmp_path: Path):
