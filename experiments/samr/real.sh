@@ -27,11 +27,12 @@ train() {
 
 python -m mrgen.prepare data=brats2015 "data.root='$scans/brats2015/BRATS2015_Training'" "data.modalities=[t1ce,flair]" \
     > "$folder/logs/prepare.log"
-train "$folder/generators/samr" experiment=samr/samr $cohort trainer.max_epochs=10 data.steps_per_epoch=20 \
-    model.discriminator_filters=16 model.unet_filters=16 model.lr=5e-4 model.match_output=false
+train "$folder/generators/samr" experiment=samr/samr $cohort trainer.max_epochs=10 data.steps_per_epoch=20 data.batch_size=2 \
+    model.constant_epochs=5 model.decay_epochs=5 model.discriminator_filters=16 model.unet_filters=16 model.lr=5e-4 \
+    model.match_output=false
 python -m mrgen.synthesize "checkpoint='$folder/generators/samr'" "output='$MRGEN_STORES/synthetic_samr'" \
     > "$folder/logs/synthesize.log"
-segmenter="trainer.max_epochs=40 model.net.filters=16 model.constant_epochs=20 model.decay_epochs=20 model.lr=1e-3"
+segmenter="trainer.max_epochs=20 model.net.filters=16 model.constant_epochs=10 model.decay_epochs=10 model.lr=1e-3"
 train "$folder/segmenters/real" experiment=samr/unet $cohort $segmenter
 train "$folder/segmenters/samr-1.0" experiment=samr/unet_mixed synthetic=samr $cohort $segmenter data.mix.equal_steps=true
 python -m mrgen.evaluate experiment=samr/tables "sweep='$folder/segmenters'" "hydra.run.dir='$folder/tables'" \
