@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from mrgen.data.crops import BrainBox, Crop, WholeVolume
 from mrgen.data.dataset import CropDataset
+from mrgen.data.generated import read_generated
 from mrgen.data.guides import Guide, fit_guides
 from mrgen.data.mix import Mix, MixedSlices
 from mrgen.data.normalisation import Normalisation, stored_statistics
@@ -74,6 +75,9 @@ class CohortDataModule(LightningDataModule):
                 f"{self.store.path}: prepared with {', '.join(self.store.modalities)}, without {', '.join(missing)}; "
                 "set data.modalities or prepare the cohort with them"
             )
+        generated = read_generated(self.store.path)
+        if generated is not None and not generated["complete"]:
+            raise UserError(f"{self.store.path}: its making was interrupted; run the same mrgen-synthesize again")
         layout = self.store.layout
         self.lookup = layout.label_lookup(labels)
         if labels not in layout.classes:
@@ -107,6 +111,8 @@ class CohortDataModule(LightningDataModule):
         self.augmentation = list(augmentation or [])
         self.guide_names = tuple(guides)
         self.mix = Mix(**mix) if mix and mix["store"] else None
+        if self.guide_names and self.mix:
+            raise UserError("data.mix is for segmenters; a generator is trained on real slices: data.mix.store=null")
         if (self.guide_names or self.mix) and not isinstance(sampling, SiteSlices):
             what = "data.mix" if self.mix else f"a method with {' and '.join(self.guide_names)}"
             raise UserError(f"{what} needs axial slices; set data/sampling=slices")
@@ -114,6 +120,7 @@ class CohortDataModule(LightningDataModule):
             self.mix.check(self.modalities, self.classes, labels, self.split, self.store)
             self.mix.wanted(self.real_slices())
         self._labels = labels
+        self.synthetic = generated is not None
 
     @cached_property
     def guides(self) -> dict[str, Guide]:

@@ -36,8 +36,10 @@ class Mix:
     """
 
     def __init__(self, *, store: str | Path, fraction: float = 1.0, equal_steps: bool = False):
-        if fraction <= 0:
-            raise UserError(f"data.mix.fraction is {fraction:g}; expected more than 0, or data.mix.store=null for none")
+        if not isinstance(fraction, int | float) or isinstance(fraction, bool) or not fraction > 0:
+            raise UserError(
+                f"data.mix.fraction is {fraction!r}; expected a number above 0, or data.mix.store=null for none"
+            )
         self.fraction, self.equal_steps = float(fraction), bool(equal_steps)
         record = read_generated(Path(store))
         if record is None:
@@ -50,6 +52,7 @@ class Mix:
         self.store = Store(store)
         self.subjects = self.store.subjects
         self.method, self.made_from = str(record["method"]), frozenset(record["patients"])
+        self._of = str(record["store"])
         self._made = {key: record[key] for key in ("checkpoint", "seed", "slices")}
 
     def check(self, modalities: Sequence[str], classes: Sequence[str], labels: str, split: Split, real: Store) -> None:
@@ -62,6 +65,15 @@ class Mix:
         found = self.store.layout.classes.get(labels, ())
         if tuple(found) != tuple(classes):
             raise UserError(f"{where}: its classes are {list(found)}, those of {real.path} {list(classes)}")
+        sides, others = (
+            {tuple(round(side, 2) for side in subject.spacing[:2]) for subject in store.subjects.values()}
+            for store in (self.store, real)
+        )
+        if self._of != real.name or not sides & others:
+            raise UserError(
+                f"{where}: made from {self._of}, with pixels of {_sides(sides)}; the real cohort is {real.name}, with "
+                f"pixels of {_sides(others)}; mix it with the cohort that it was made from"
+            )
         held_out = {real.subjects[id].patient for id in (*split.val, *split.test)}
         if known := sorted(held_out & self.made_from):
             raise UserError(
@@ -96,6 +108,10 @@ class Mix:
             "patients": sorted(self.made_from),
             "made": self._made,  # of which checkpoint, how many
         }
+
+
+def _sides(sides: set[tuple[float, ...]]) -> str:
+    return " or ".join(" × ".join(f"{side:g}" for side in pair) + " mm" for pair in sorted(sides))
 
 
 class MixedSlices(Dataset):

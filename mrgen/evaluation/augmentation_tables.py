@@ -236,7 +236,8 @@ def _directions(lines: Rows, title: str, labels: int) -> Table:
     for line in lines:
         cells = [f"{line['first']} {line['relation']} {line['second']}", str(line["n"])]
         cells.append(_several((line["first_mean"], line["second_mean"]), (3, 3)))
-        cells += [cell(line, "difference", 3), p_cell(line["p"]), "yes" if line["holds"] else "no"]
+        holds = "yes" if line["holds"] else "no" if line["difference"] else "tie"
+        cells += [cell(line, "difference", 3), p_cell(line["p"]), holds]
         cells.append(cell(line, "there", 3))
         table.rows.append(cells + [_several((line["paper_first"], line["paper_second"]), (3, 3))] * printed)
     of = "mean over the labels" if labels > 1 else "of the label"

@@ -133,6 +133,9 @@ def read_answers(path: Path) -> list[dict[str, str]]:
             if line[name] not in ("yes", "no", ""):
                 where = f"item {line['item']}, {line['letter']}"
                 raise UserError(f"{path}: {where}: {name} is {line[name]!r}; expected yes, no or nothing")
+    chosen = [line["item"] for line in answers if line["most"] == "yes"]
+    if twice := sorted({item for item in chosen if chosen.count(item) > 1}):
+        raise UserError(f"{path}: item {twice[0]} has several pictures that look most like a real scan; expected one")
     return answers
 
 

@@ -27,7 +27,12 @@ _token = secrets.token_hex(2)
 def register_resolvers() -> None:
     """The resolvers that ``conf/`` uses beyond OmegaConf's own."""
     OmegaConf.register_new_resolver("token", lambda: _token, replace=True)
-    OmegaConf.register_new_resolver("float", float, replace=True)  # 1, 1.0 and 1.00 are one name
+    OmegaConf.register_new_resolver("float", _float, replace=True)
+
+
+def _float(value: object) -> object:
+    """1, 1.0 and 1.00 are one name; what is no number is refused where it is used."""
+    return float(value) if isinstance(value, int | float) else value
 
 
 def run_app(config_name: str, task: Callable[[DictConfig], None]) -> None:

@@ -58,6 +58,13 @@ def judge_augmentation(conf: DictConfig, out_dir: Path) -> Path:
     unlabelled = [id for id, subject in subjects.items() if not subject.labelled]
     if unlabelled:
         raise UserError(f"{', '.join(unlabelled[:3])}: no label, which this judgement needs; judge labelled subjects")
+    reference = str(conf.evaluation.reference)
+    for name, run in named.items():
+        if method_of(name) == reference and run.description["data"].get("synthetic"):
+            raise UserError(
+                f"{run.path} is called {reference}, as the one on real slices alone, and was trained on a synthetic "
+                "cohort; train it under another name (name=…)"
+            )
     leaks = check_leaks(module, runs, module.split.test)
     pl.seed_everything(seed, verbose=False)
     shown = str(conf.evaluation.shown)
@@ -74,6 +81,8 @@ def judge_augmentation(conf: DictConfig, out_dir: Path) -> Path:
     if trainer.is_global_zero:
         notes = [f"Subjects: the {conf.subjects} part of the runs' common split, {module.store.path.name}.", *leaks]
         notes += [f"{name}: {run.path.name} ({run.checkpoint.stem})." for name, run in named.items()]
+        if not any(method_of(name) == reference for name in named):
+            notes.append(f"No run is called {reference}: nothing is compared with real slices alone.")
         _report(conf, out_dir, judged, named, module, notes)
     return out_dir
 
@@ -175,6 +184,7 @@ def _training(run: Run) -> dict[str, Any]:
     return {
         "real_slices": (mix or {}).get("real_slices", data.get("slices")),
         "synthetic_slices": mix["synthetic_slices"] if mix else 0 if "mix" in data else None,
+        "whole_cohort": "synthetic" if data.get("synthetic") else None,
         "epochs": trained.get("epochs"),
         "steps": trained.get("steps"),
         "batch_size": size * trained["devices"] if size and trained else None,

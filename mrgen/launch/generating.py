@@ -253,6 +253,9 @@ def _check_output(output: Path, earlier: Mapping[str, Any] | None, asked: Mappin
     if earlier is None:
         if read_cohort(output) is not None:
             raise UserError(f"output={output}: found a prepared cohort that mrgen-synthesize did not make; {advice}")
+        if others := sorted(path.name for path in output.iterdir() if path.name != ".lock"):
+            (output / ".lock").unlink(missing_ok=True)
+            raise UserError(f"output={output}: found {others[0]} there, expected an empty folder or a name for one")
         return
     said = {"prepared": "its real cohort was prepared anew since", "patients": "it was made from other patients"}
     changed = [

@@ -16,7 +16,7 @@ from mrgen.launch.generating import GENERATING, generate
 from mrgen.launch.paths import CONF_DIR
 from mrgen.launch.runs import load_run
 from mrgen.launch.trained import Made, Scans, TrainedMethod
-from mrgen.protocols import Generator
+from mrgen.protocols import Generator, Synthesizer
 
 __all__ = ["synthesize"]
 
@@ -48,6 +48,11 @@ def synthesize(conf: DictConfig) -> int:
     _check_set(conf, "checkpoint", "runs/rsnet-t2/RUN")
     run = load_run(conf.checkpoint)
     generates = isinstance(run.model, Generator)
+    if not (isinstance(run.model, Generator | Synthesizer) or getattr(run.model, "writes_segmentation", False)):
+        raise UserError(
+            f"checkpoint={conf.checkpoint} is a {type(run.model).__name__}, which synthesises nothing; give a run of a "
+            "synthesizer such as RS-Net, or of a generator such as SAMR"
+        )
     if not generates:
         _check_set(conf, "input", "/data/patients")
     _check_set(conf, "output", "synthetic")

@@ -141,6 +141,7 @@ def _describe(conf: DictConfig, datamodule: CohortDataModule) -> dict[str, Any]:
             "box": list(datamodule.whole.size or ()),  # norms that use a volume's own statistics depend on it
             "intensity_scale": {name: list(datamodule.intensity_scale(name)) for name in datamodule.modalities},
             "mix": datamodule.mix.describe(datamodule.real_slices()) if datamodule.mix else None,
+            "synthetic": datamodule.synthetic,  # the whole cohort is
             "slices": datamodule.real_slices() if isinstance(datamodule.sampling, SiteSlices) else None,
         },
     }
@@ -277,7 +278,8 @@ def _check_shapes(model: Any, datamodule: CohortDataModule) -> None:
             raise UserError(
                 f"data.sampling.size is {list(size)}; the network needs multiples of {model.divisor}"
                 + (f" from {least} on" if least else "")
-                + "; change it, or lower the network's number of downsamplings (model.downs, model.unet_downs)"
+                + "; change it, or lower the network's number of downsamplings (model.downs and model.unet_downs of a "
+                "generator, model.net.downs of a U-Net)"
             )
         return
     shapes = [datamodule.sampling.size, datamodule.whole.size]

@@ -34,7 +34,7 @@ def synthetic(phantom_store, split, tmp_path_factory):
         brain = np.ones((48, 48, 20), bool)
         label = np.zeros((48, 48, 20), np.uint8)
         label[10:20, 10:20] = 4
-        write_subject(folder, id=f"syn{i:04d}", image=image, brain=brain, label=label, affine=np.eye(4))
+        write_subject(folder, id=f"syn{i:04d}", image=image, brain=brain, label=label, affine=np.diag([5, 5, 5, 1]))
     record(folder, patients=[real.subjects[id].patient for id in split.train])
     return folder
 
@@ -125,6 +125,30 @@ def test_what_was_made_from_held_out_patients_is_refused(phantom_store, syntheti
     record(copy, patients=[held_out])
     with pytest.raises(UserError, match=rf"samr was trained on 1 of the 2 patients that are held out.*{held_out}"):
         module(phantom_store, {"store": copy})
+
+
+def test_a_cohort_of_other_scans_is_refused(phantom_store, synthetic, tmp_path):
+    for entry in synthetic.iterdir():
+        if entry.name != "generated.json":
+            (tmp_path / entry.name).symlink_to(entry)
+    record(tmp_path, store="brats2015")
+    with pytest.raises(UserError, match=r"made from brats2015, with pixels of 5 × 5 mm; the real cohort is brats2019"):
+        module(phantom_store, {"store": tmp_path})
+
+
+def test_an_unfinished_cohort_is_neither_mixed_nor_trained_on_alone(phantom_store, synthetic, tmp_path):
+    for entry in synthetic.iterdir():
+        if entry.name != "generated.json":
+            (tmp_path / entry.name).symlink_to(entry)
+    record(tmp_path, complete=False)
+    for attempt in (lambda: module(phantom_store, {"store": tmp_path}), lambda: module(tmp_path, None)):
+        with pytest.raises(UserError, match="its making was interrupted; run the same mrgen-synthesize again"):
+            attempt()
+
+
+def test_generators_are_trained_on_real_slices(phantom_store, synthetic):
+    with pytest.raises(UserError, match=r"data\.mix is for segmenters"):
+        module(phantom_store, {"store": synthetic}, guides=["atlas"])
 
 
 def test_mistakes_are_found_before_training(phantom_store, synthetic, tmp_path):

@@ -46,7 +46,7 @@ def synthetic(folder: Path, real: Store, patients: list[str]) -> Path:
         brain, label = np.ones((48, 48, 20), bool), np.zeros((48, 48, 20), np.uint8)
         label[10:20, 10:20] = 4
         image = rng.integers(1, 500, (2, 48, 48, 20)).astype(np.int16)
-        write_subject(folder, id=f"syn{i:04d}", image=image, brain=brain, label=label, affine=np.eye(4))
+        write_subject(folder, id=f"syn{i:04d}", image=image, brain=brain, label=label, affine=np.diag([5, 5, 5, 1]))
     said = {"version": 1, "method": "samr", "checkpoint": "sha256:0", "store": "brats2019", "patients": patients}
     said |= {"subjects": 3, "slices": 60, "manipulations": ["mirror"], "seed": 0, "complete": True}
     (folder / "generated.json").write_text(json.dumps(said))
