@@ -32,7 +32,7 @@ def test_the_entry_points_import_nothing_heavy():
 
 
 @pytest.mark.parametrize("script", ["train", "prepare", "evaluate"])
-def test_help_shows_the_groups_the_presets_and_two_examples(mrgen: Script, script: str, tmp_path: Path):
+def test_help_shows_the_groups_the_presets_and_examples(mrgen: Script, script: str, tmp_path: Path):
     called = mrgen(script, "--help")
     assert called.code == 0
     assert not list(tmp_path.iterdir())
@@ -43,7 +43,7 @@ def test_help_shows_the_groups_the_presets_and_two_examples(mrgen: Script, scrip
         for folder in (CONF_DIR / "experiment").iterdir():
             assert groups[f"experiment/{folder.name}"] == ", ".join(sorted(f.stem for f in folder.glob("*.yaml")))
     examples = called.out.partition("== Examples ==")[2]
-    assert len(re.findall(rf"^mrgen-{script} ", examples, flags=re.MULTILINE)) == 2
+    assert len(re.findall(rf"^mrgen-{script} ", examples, flags=re.MULTILINE)) >= 2
 
 
 def test_help_as_a_module_starts_in_one_and_a_half_seconds():
