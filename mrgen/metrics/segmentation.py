@@ -1,5 +1,5 @@
 """Dice, HD95, sensitivity and specificity of a mask, such as a label or one of the nested regions that challenges score
-(whole tumour, tumour core, enhancing tumour)."""
+(whole tumour, tumour core, enhancing tumour); and of whole maps of label numbers."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 IGNORED = 255  # the label of voxels that no loss and no metric looks at
+INDEX_EPS = 1e-5  # of Qu et al.'s code, which makes two empty maps score 1
 HD95_ONE_EMPTY = 373.13  # mm, where one of two masks is empty: the BraTS server's, the diagonal of 240×240×155 at 1 mm
 
 
@@ -211,6 +212,53 @@ def specificity(prediction: Tensor, reference: Tensor, ignore: Tensor | None = N
     ignored = 0 if ignore is None else int(ignore.sum())
     negative = reference.numel() + beyond - ignored - int(reference.sum())
     return 1 - int((prediction & ~reference).sum()) / negative if negative else math.nan
+
+
+def index_dice(predicted: Tensor, reference: Tensor) -> Tensor:
+    """Qu et al.'s "Dice" of maps of label numbers, (2 Σab + ε) / (Σa² + Σb² + ε) with ε = 1e-5, as in their code.
+
+    It weighs a voxel by its label's number: where both maps know one class it is the ordinary Dice, else it is not, and
+    an enhancing voxel (4) that is called necrotic (1) counts as nearly missed.
+
+    Args:
+        predicted: (n, ...) label numbers, maps along the first axis.
+        reference: shaped alike; 255 marks voxels that are removed from both.
+
+    Returns:
+        (n,) float64 from 0 to 1; 1 where both maps are empty.
+
+    Raises:
+        ValueError: the two are not of one shape.
+    """
+    a, b = _index_maps(predicted, reference)
+    return (2 * (a * b).sum(dim=1) + INDEX_EPS) / ((a**2).sum(dim=1) + (b**2).sum(dim=1) + INDEX_EPS)
+
+
+def index_mse(predicted: Tensor, reference: Tensor) -> Tensor:
+    """Qu et al.'s mean squared error of maps of label numbers, over all voxels of a map.
+
+    Args:
+        predicted: as in `index_dice`.
+        reference: as in `index_dice`.
+
+    Returns:
+        (n,) float64, at least 0; nan where all voxels of a map are ignored.
+
+    Raises:
+        ValueError: as in `index_dice`.
+    """
+    a, b = _index_maps(predicted, reference)
+    kept = (reference != IGNORED).flatten(1).sum(dim=1)
+    return ((a - b) ** 2).sum(dim=1) / kept
+
+
+def _index_maps(predicted: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as (n, voxels) float64, 0 where ignored."""
+    if predicted.shape != reference.shape or predicted.ndim < 2:
+        raise ValueError(f"expected maps of one shape, found {tuple(predicted.shape)} and {tuple(reference.shape)}")
+    ignored = reference == IGNORED
+    a, b = (part.masked_fill(ignored, 0).flatten(1).double() for part in (predicted, reference))
+    return a, b
 
 
 def _kept(prediction: Tensor, reference: Tensor, ignore: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,8 @@ from mrgen.metrics.segmentation import (
     dice,
     hd95,
     hd95_directed,
+    index_dice,
+    index_mse,
     region_dice,
     region_hd95,
     region_hd95_directed,
@@ -289,3 +291,30 @@ def test_without_anything_to_find_there_is_no_sensitivity():
     assert math.isnan(specificity(full, full))
     assert sensitivity(empty, full) == 0
     assert specificity(full, empty) == 0
+
+
+def test_index_maps_by_hand():
+    predicted = torch.tensor([[[0, 1], [4, 0]], [[0, 0], [0, 0]], [[1, 0], [0, 0]]])
+    reference = torch.tensor([[[0, 2], [4, 1]], [[0, 0], [0, 0]], [[0, 0], [0, 0]]])
+    expected = [2 * (2 + 16) / (1 + 16 + 4 + 16 + 1), 1, 1e-5 / (1 + 1e-5)]  # an empty slice that stays empty is right
+    assert index_dice(predicted, reference).tolist() == pytest.approx(expected, abs=1e-6)
+    assert index_mse(predicted, reference).tolist() == [(1 + 1) / 4, 0, 1 / 4]
+
+
+def test_index_maps_against_numpy():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 5, (2, 7, 9, 8))
+    dices = [(2 * (x * y).sum() + 1e-5) / ((x**2).sum() + (y**2).sum() + 1e-5) for x, y in zip(a, b, strict=True)]
+    assert index_dice(torch.from_numpy(a), torch.from_numpy(b)).tolist() == pytest.approx(dices)
+    assert index_mse(torch.from_numpy(a), torch.from_numpy(b)).tolist() == pytest.approx(((a - b) ** 2).mean((1, 2)))
+
+
+def test_what_is_ignored_is_in_neither_index_map():
+    predicted = torch.tensor([[[3, 1], [2, 0]], [[1, 1], [1, 1]]], dtype=torch.uint8)
+    reference = torch.tensor([[[255, 1], [2, 0]], [[255, 255], [255, 255]]], dtype=torch.uint8)
+    assert index_dice(predicted, reference).tolist() == [1, 1]
+    first, second = index_mse(predicted, reference).tolist()
+    assert first == 0
+    assert math.isnan(second)
+    with pytest.raises(ValueError, match="one shape"):
+        index_dice(predicted, reference[:1])
