@@ -15,11 +15,17 @@ def task(conf: DictConfig) -> None:
     if conf.evaluation is None:
         raise UserError("nothing says what to judge; choose a preset, such as experiment=rsnet/swap")
     from mrgen.launch.augmenting import judge_augmentation
+    from mrgen.launch.availability import judge_availability
     from mrgen.launch.cross_validating import cross_validate
     from mrgen.launch.evaluating import evaluate
     from mrgen.launch.sampling import KEYS, draw_samples
 
-    judges = {"cross_validation": cross_validate, "augmentation": judge_augmentation, "samples": draw_samples}
+    judges = {
+        "cross_validation": cross_validate,
+        "augmentation": judge_augmentation,
+        "availability": judge_availability,
+        "samples": draw_samples,
+    }
     if conf.evaluation.kind != "samples" and (asked := [f"{key}={conf[key]}" for key in KEYS if conf[key]]):
         raise UserError(f"{', '.join(asked)}: only samples have a blind sheet; choose experiment=samr/samples")
     judge = judges.get(conf.evaluation.kind, evaluate)

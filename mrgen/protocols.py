@@ -4,9 +4,9 @@ Volumes travel as a mapping from sequence name to a tensor (B, 1, X, Y, Z), floa
 normalisation. Nothing here imports mrgen.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -86,11 +86,17 @@ class Generated:
         image: (Z, C, X, Y) float32, in the generator's ``scale``, all sequences registered.
         label: (Z, X, Y) int64, as of ``LabelMaps``.
         brain: (Z, X, Y) bool.
+        structure: (Z, X, Y) bool, the structure maps that it was made from; None of a generator without any.
+        records: what a generator that filters what it makes tells of each slice, in plain containers.
+        filters: what it tells of the subject: how much it drew and how much of that each filter left.
     """
 
     image: Tensor
     label: Tensor
     brain: Tensor
+    structure: Tensor | None = None
+    records: Sequence[Mapping[str, Any]] = ()
+    filters: Mapping[str, float] = field(default_factory=dict)
 
 
 @runtime_checkable

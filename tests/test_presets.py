@@ -1,10 +1,12 @@
 """Every preset composes with every cohort and is planned at its full size; every option of every group composes."""
 
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from mrgen.data.layouts import Layout
 from mrgen.errors import UserError
@@ -25,14 +27,25 @@ EVALUATIONS = [preset for preset in PRESETS if "evaluation" in settings(preset)]
 TRAININGS = [preset for preset in PRESETS if preset not in EVALUATIONS]
 
 
-def model(preset: str) -> dict:
-    return OmegaConf.to_container(composed("train", f"experiment={preset}").model)
+@cache
+def alone(preset: str) -> DictConfig:
+    """The preset and nothing else. Read only."""
+    return composed("train", f"experiment={preset}")
+
+
+@cache
+def at_full_size(preset: str) -> dict[str, Any]:
+    """The plan of the preset on BraTS, of 57 steps an epoch. Needs ``known_rate``."""
+    overrides = ("data=brats2019", "data.store=/nowhere", "data.steps_per_epoch=57")
+    return plan(composed("train", f"experiment={preset}", *overrides))
 
 
 # Methods without a network take neither steps nor memory that could be planned.
-NETWORKS = [preset for preset in TRAININGS if ".brain_clustering." not in model(preset)["_target_"]]
+NETWORKS = [preset for preset in TRAININGS if ".brain_clustering." not in alone(preset).model._target_]
 # A preset that only changes another one says nothing of cohorts that the other does not say.
 CHANGES = [p for p in PRESETS if any(isinstance(d, str) and "/" in d for d in settings(p).get("defaults", []))]
+# To a preset these are BraTS 2019, BraTS 2015 and WMH 2017 over again, of other files: one preset will do.
+ALIKE = ("brats2017", "brats2018", "brats2020", "brats2021", "phantom_brats2015", "phantom_wmh")
 COHORTS = sorted(file.stem for file in (CONF_DIR / "data").glob("*.yaml") if file.stem != "base")
 GROUPS = {
     folder.relative_to(CONF_DIR).as_posix(): sorted(file.stem for file in folder.glob("*.yaml"))
@@ -71,7 +84,9 @@ def test_there_is_something_to_test():
 
 
 @pytest.mark.parametrize(
-    ("cohort", "preset"), [(c, p) for c in COHORTS for p in TRAININGS if p not in CHANGES or c == "phantom"]
+    ("cohort", "preset"),
+    [(c, p) for c in COHORTS if c not in ALIKE for p in TRAININGS if p not in CHANGES or c == "phantom"]
+    + [(c, "rsnet/rsnet") for c in ALIKE],
 )
 def test_every_preset_composes_with_every_cohort(preset: str, cohort: str, own_table: Path):
     """Resolved to the last reference, with a target that the cohort has."""
@@ -93,11 +108,9 @@ def test_every_preset_composes_with_every_cohort(preset: str, cohort: str, own_t
 
 @pytest.mark.parametrize("preset", NETWORKS)
 def test_every_preset_is_planned_at_its_full_size(preset: str, known_rate: None):
-    conf = composed("train", f"experiment={preset}", "data=brats2019", "data.store=/nowhere", "data.steps_per_epoch=57")
-    sampling = OmegaConf.to_container(conf.data.sampling)
-    result = plan(conf)
-    if sampling.get("size"):
-        assert result["crop"] == tuple(sampling["size"])
+    conf, result = alone(preset), at_full_size(preset)
+    if conf.data.sampling.get("size"):
+        assert result["crop"] == tuple(conf.data.sampling.size)
     else:  # a brain of BraTS at 1 mm, or a slice of it, in multiples of what the network divides by
         assert len(result["crop"]) == (2 if "slices" in preset else 3)
         assert all(0 <= n - least < 128 for n, least in zip(result["crop"], FULL_SIZE, strict=False))
@@ -112,13 +125,12 @@ def test_every_preset_is_planned_at_its_full_size(preset: str, known_rate: None)
 def test_every_preset_plans_on_cohorts_of_two_sequences(preset: str, cohort: str, own_table: Path, known_rate: None):
     """The presets say nothing of the cohort, so that another number of sequences and classes changes the network."""
     own = [f"data.layout={own_table}"] if cohort == "own" else []
-    sized = ("data.store=/nowhere", "data.sampling.size=[32,32,32]")
-    sampling = composed("train", f"experiment={preset}").data.sampling
-    if sampling.size is not None or "slices" in preset:
-        sized = sized[:1]  # the smallest that some networks take is larger
-    small = plan(composed("train", f"experiment={preset}", f"data={cohort}", "target=flair", *sized, *own))
-    brats = plan(composed("train", f"experiment={preset}", "data=brats2019", "target=flair", *sized))
-    if {"source", "sources"}.isdisjoint(model(preset)):  # others read one sequence whatever there is
+    conf = alone(preset)
+    whole = conf.data.sampling.get("size") is None and "slices" not in preset  # the others may take no smaller ones
+    overrides = ("target=flair", "data.store=/nowhere", *(["data.sampling.size=[32,32,32]"] if whole else []), *own)
+    small = plan(composed("train", f"experiment={preset}", f"data={cohort}", *overrides))
+    brats = at_full_size(preset)
+    if {"source", "sources"}.isdisjoint(conf.model):  # others read one sequence whatever there is
         assert small["parameters"] < brats["parameters"]
     else:
         assert small["parameters"] == brats["parameters"]
@@ -136,7 +148,7 @@ def test_every_evaluation_composes(preset: str):
     resolved = OmegaConf.to_container(conf, resolve=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
     evaluation = resolved["evaluation"]
-    assert evaluation["kind"] in {*KINDS, "cross_validation", "augmentation", "samples"}
+    assert evaluation["kind"] in {*KINDS, "cross_validation", "augmentation", "availability", "samples"}
     for row in evaluation.get("paper", {}).get("rows", {}).values():  # a number a region, or by measure and test set
         assert isinstance(row, dict) or len(row) == len(evaluation["regions"])
 
@@ -145,7 +157,7 @@ def test_every_evaluation_composes(preset: str):
 def test_a_preset_is_the_difference_and_nothing_else(preset: str):
     text = (EXPERIMENTS / f"{preset}.yaml").read_text()
     assert text.startswith("# @package _global_\n")
-    assert "name" in settings(preset) or composed("train", f"experiment={preset}").name != "train"  # the model's
+    assert "name" in settings(preset) or alone(preset).name != "train"  # the model's
     assert "optional" not in text
 
 

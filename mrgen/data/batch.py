@@ -23,6 +23,8 @@ class Batch(TypedDict):
         atlas: of slices, where data.guides names it: (B, 3 · C, X, Y) float32, three slices of every sequence of
             ``mrgen.data.atlas.Atlas``, on the image's scale.
         tissue: likewise, (B, 3, X, Y) float32, probabilities of CSF, grey and white matter, see ``mrgen.data.tissue``.
+        lesions: where sequences are unpaired and a batch is of one, C = 1: (B, 8, X, Y) uint8, mapped labels of other
+            slices that have a lesion.
     """
 
     image: Tensor
@@ -32,6 +34,7 @@ class Batch(TypedDict):
     spacing: Tensor
     atlas: NotRequired[Tensor]
     tissue: NotRequired[Tensor]
+    lesions: NotRequired[Tensor]
 
 
 def volumes(batch: Batch, modalities: Sequence[str]) -> dict[str, Tensor]:

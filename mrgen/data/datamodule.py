@@ -5,7 +5,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pytorch_lightning import LightningDataModule
+from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader
 
 from mrgen.data.crops import BrainBox, Crop, WholeVolume
@@ -14,11 +16,12 @@ from mrgen.data.generated import read_generated
 from mrgen.data.guides import Guide, fit_guides
 from mrgen.data.mix import Mix, MixedSlices
 from mrgen.data.normalisation import Normalisation, stored_statistics
-from mrgen.data.sampler import EvaluationSampler, TrainingSampler
+from mrgen.data.sampler import EvaluationSampler, TrainingSampler, Turn
 from mrgen.data.slice_dataset import SliceDataset, SubjectSlices
 from mrgen.data.slices import AxialSlice, SiteSlices
 from mrgen.data.splits import make_split
 from mrgen.data.store import Store, StoredSubject
+from mrgen.data.unpaired import SequenceSlices, slices_with_lesion
 from mrgen.errors import UserError
 
 __all__ = ["CohortDataModule"]
@@ -46,7 +49,9 @@ class CohortDataModule(LightningDataModule):
         labelled: only labelled subjects. False takes the others as well, without a lesion: for methods that make one
             sequence from another.
         guides: what goes with slices to tell of their anatomy, of ``mrgen.data.guides.GUIDES``.
-        mix: synthetic slices that join the real ones, the arguments of ``mrgen.data.mix.Mix``; without a store none.
+        mix: how many real, synthetic and enhanced slices are shown, the arguments of ``mrgen.data.mix.Mix``.
+        unpaired: training batches are of one sequence each, ``{name: Batch}``, shuffled apart, with ``lesions``; those
+            of validation and testing stay paired.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class CohortDataModule(LightningDataModule):
         labelled: bool = True,
         guides: Sequence[str] = (),
         mix: Mapping[str, Any] | None = None,
+        unpaired: bool = False,
     ):
         super().__init__()
         self.store = Store(store)
@@ -83,6 +89,7 @@ class CohortDataModule(LightningDataModule):
         if labels not in layout.classes:
             raise UserError(f"data.labels={labels}: {layout.title} names classes for {', '.join(layout.classes)} alone")
         self.classes: Sequence[str] = layout.classes[labels]
+        self.regions = layout.numbered(labels).regions  # of these classes, for evaluation
 
         subjects = {id: s for id, s in self.store.subjects.items() if s.labelled or not labelled}
         if not subjects:
@@ -110,17 +117,22 @@ class CohortDataModule(LightningDataModule):
         self.steps_per_epoch = steps_per_epoch
         self.augmentation = list(augmentation or [])
         self.guide_names = tuple(guides)
-        self.mix = Mix(**mix) if mix and mix["store"] else None
-        if self.guide_names and self.mix:
+        self.mix = Mix(**(mix or {})) or None
+        if (self.guide_names or unpaired) and self.mix:
             raise UserError("data.mix is for segmenters; a generator is trained on real slices: data.mix.store=null")
         if (self.guide_names or self.mix) and not isinstance(sampling, SiteSlices):
             what = "data.mix" if self.mix else f"a method with {' and '.join(self.guide_names)}"
             raise UserError(f"{what} needs axial slices; set data/sampling=slices")
         if self.mix:
             self.mix.check(self.modalities, self.classes, labels, self.split, self.store)
-            self.mix.wanted(self.real_slices())
+            self.mix.amounts(self.real_slices())
         self._labels = labels
         self.synthetic = generated is not None
+        self._lesioned: np.ndarray | None = None
+        if unpaired:
+            if not isinstance(sampling, SiteSlices):
+                raise UserError("a method of unpaired sequences needs axial slices; set data/sampling=slices")
+            self._lesioned = slices_with_lesion(self.training_slices)
 
     @cached_property
     def guides(self) -> dict[str, Guide]:
@@ -200,26 +212,57 @@ class CohortDataModule(LightningDataModule):
         if isinstance(self.sampling, SiteSlices):
             samples = self.real_slices()
             if self.mix and not self.mix.equal_steps:
-                samples += self.mix.wanted(samples)
+                samples = sum(self.mix.amounts(samples))
         return self.steps_per_epoch or max(1, -(-samples // (self.batch_size * world_size)))
 
     def real_slices(self) -> int:
-        """Slices of the training subjects that an epoch shows once."""
+        """Slices of the training subjects that an epoch shows once where nothing is mixed: ×1 of a mix."""
         assert isinstance(self.sampling, SiteSlices)
         return sum(len(self.sampling.training(s.shape, s.site)) for s in self.training_subjects())
 
-    def train_dataloader(self) -> DataLoader:
-        dataset: CropDataset | SliceDataset | MixedSlices
+    @cached_property
+    def training_slices(self) -> SliceDataset:
+        """Those of the training subjects, held in memory."""
+        return SliceDataset(self.training_subjects(), **self._slice_reading)
+
+    @property
+    def _slice_reading(self) -> dict[str, Any]:
+        shown = {"slices": self.sampling, "augment": self._augment(), "seed": self.seed}
+        return {**self._reading, "guides": self.guides, **shown}
+
+    def train_dataloader(self) -> DataLoader | CombinedLoader:
+        if self._lesioned is not None:
+            seeds = np.random.SeedSequence(self.seed).generate_state(len(self.modalities)).tolist()
+            sequences = {
+                name: SequenceSlices(self.training_slices, channel, self._lesioned, seed=seed)
+                for channel, (name, seed) in enumerate(zip(self.modalities, seeds, strict=True))
+            }
+            loaders = {name: self._training_loader(slices, seed=slices.seed) for name, slices in sequences.items()}
+            return CombinedLoader(loaders, "min_size")  # all are of one length
+        if self.mix:
+            return self._mixed_loader(self.mix)
         if isinstance(self.sampling, SiteSlices):
-            shown = {"slices": self.sampling, "augment": self._augment(), "seed": self.seed}
-            reading = {**self._reading, "guides": self.guides, **shown}
-            dataset = SliceDataset(self.training_subjects(), **reading)
-            if self.mix:
-                dataset = MixedSlices(dataset, self.mix, labels=self._labels, **reading)
-        else:
-            dataset = self.dataset(self.split.train, crop=self.sampling, augmented=True)
+            return self._training_loader(self.training_slices, seed=self.seed)
+        return self._training_loader(self.dataset(self.split.train, crop=self.sampling, augmented=True), seed=self.seed)
+
+    def _mixed_loader(self, mix: Mix) -> DataLoader:
+        count, reading = self.real_slices(), self._slice_reading
+        dataset = MixedSlices(lambda: self.training_slices, mix, count=count, labels=self._labels, **reading)
+        if mix.order == "random":
+            return self._training_loader(dataset, seed=self.seed)
+        epochs = 1 if self.trainer is None else self.trainer.max_epochs
+        if not epochs or epochs < 1:
+            raise UserError(
+                f"trainer.max_epochs is {epochs}; data.mix.order={mix.order} divides the whole training and needs a "
+                "number from 1 on"
+            )
+        world_size = self._ranks["world_size"]
+        samples = epochs * self.train_steps(world_size) * self.batch_size * world_size
+        return self._training_loader(dataset, seed=self.seed, turns=mix.turns(count, samples))
+
+    def _training_loader(self, dataset: Any, *, seed: int, turns: Sequence[Turn] | None = None) -> DataLoader:
         samples = self.train_steps(self._ranks["world_size"]) * self.batch_size
-        sampler = TrainingSampler(len(dataset), samples=samples, seed=self.seed, **self._ranks)
+        sampler = TrainingSampler(turns or len(dataset), samples=samples, seed=seed, **self._ranks)
         return self._loader(dataset, sampler, self.batch_size)
 
     def val_dataloader(self) -> DataLoader:

@@ -6,6 +6,9 @@
 A synthetic subject has the brain of a training subject (its anatomy) and a lesion that was manipulated (Guo et al.,
 MICCAI 2020, section 3); its slices are those that training showed the generator. It is filed under the patient whose
 lesion it has. Labels are the cohort's own numbers, so that its layout reads them.
+
+The lesion VAE-GAN draws brains from noise. There the training subject is the donor of the lesions alone, and lends the
+synthetic one its number of slices and its affine; its slices are no neighbours of each other.
 """
 
 import hashlib
@@ -58,7 +61,8 @@ def read_generated(store: Path | str) -> dict[str, Any] | None:
     Returns:
         ``complete`` (False while it is being made, and where that was interrupted), ``method`` (the generator's run),
         ``checkpoint`` (``sha256:…``), ``store`` (name of the real cohort), ``patients`` (all that the generator was
-        trained on), ``subjects`` and ``slices`` (how many there are once it is complete), ``manipulations``, ``seed``.
+        trained on), ``subjects`` and ``slices`` (how many there are once it is complete), ``manipulations``, ``seed``,
+        and what else the method says; a lesion VAE-GAN's ``scheme``, ``selection`` and, once complete, ``filters``.
 
     Raises:
         UserError: it is damaged or of another version.
@@ -273,11 +277,12 @@ def write_synthetic(
     *,
     scale: Mapping[str, Sequence[float]],
     numbers: np.ndarray,
+    top: str | None = "p99_5",
 ) -> StoredSubject:
     """Writes a synthetic subject, with the slices that it keeps.
 
     Its statistics' 99.5th percentile is where the generator's 1 lies and not its own, so that ``Symmetric`` reads back
-    what the generator made.
+    what the generator made; or the maximum, for ``MinMax``.
 
     Args:
         store: with a ``cohort.json`` of the generator's sequences.
@@ -285,18 +290,24 @@ def write_synthetic(
         made: of all slices of ``planned``.
         scale: (offset, factor) of every sequence in order: intensity = offset + factor · value.
         numbers: (256,) from classes to the cohort's own label numbers, see ``own_numbers``.
+        top: of ``StoredSubject.statistics``, which the generator's normalisation sets to 1; None where it sets none.
     """
     kept = list(planned.kept)
     brain = made.brain[kept].permute(1, 2, 0).numpy()  # (X, Y, Z)
     label = numbers[made.label[kept].permute(1, 2, 0).numpy()]
     offset, factor = (np.array(part, np.float32)[:, None, None, None] for part in zip(*scale.values(), strict=True))
     image = offset + factor * made.image[kept].permute(1, 2, 3, 0).numpy()  # (C, X, Y, Z)
+    structure = None if made.structure is None else made.structure[kept].permute(1, 2, 0).numpy()
+    told: dict[str, Any] = {"filters": dict(made.filters)} if made.filters else {}
+    if made.records:
+        told["records"] = [made.records[place] for place in kept]
     anatomy, z = planned.anatomy, planned.slices
     return write_subject(
         store,
         id=planned.id,
         image=np.where(brain, image, 0),
         label=label,
+        structure=structure,
         brain=brain,
         affine=anatomy.affine @ _cut(planned),
         patient=lesion.subject.patient,
@@ -308,8 +319,9 @@ def write_synthetic(
             "lesion": lesion.subject.id,
             "manipulation": lesion.manipulation,
             "slices": z,
+            **told,
         },
-        known={name: {"p99_5": float(sum(line))} for name, line in scale.items()},
+        known=None if top is None else {name: {top: float(sum(line))} for name, line in scale.items()},
     )
 
 

@@ -15,7 +15,8 @@ A layout is a YAML file (`conf/data/layout/*.yaml`, or the user's own), so that 
     label_values: {0: background, 1: necrotic core, 2: edema, 4: enhancing}
     label_maps: {regions: {1: 1, 2: 2, 4: 3}}
     classes: {regions: [background, necrotic core, edema, enhancing]}
-    regions: {ET: [3], WT: [1, 2, 3], TC: [1, 3]}
+    regions: {ET: [3], WT: [1, 2, 3], TC: [1, 3]}   # numbers that label_maps.regions gives
+    numbered_for: regions                    # or those of another map
     skull_stripped: true
 
 Patterns of images and of the label start at the subject's folder; with a leading `/` they start at the root; `{id}` in
@@ -40,7 +41,8 @@ class Layout:
     """The table of one cohort; see the module's text for the meaning of each key.
 
     `label_values` are the numbers in the files, which the store keeps; `label_maps` turn them into those of a task at
-    load (255: ignored by losses and metrics), `classes` name the result and `regions` are unions of its numbers.
+    load (255: ignored by losses and metrics), `classes` name the result and `regions` are unions of numbers that
+    the map `numbered_for` gives.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Layout:
     label_maps: dict[str, dict[int, int]] = field(default_factory=dict)
     classes: dict[str, list[str]] = field(default_factory=dict)
     regions: dict[str, list[int]] = field(default_factory=dict)
+    numbered_for: str = "regions"
     skull_stripped: bool = True
 
     @classmethod
@@ -93,6 +96,7 @@ class Layout:
                 },
                 classes={name: [str(c) for c in names] for name, names in (table.get("classes") or {}).items()},
                 regions={name: [int(n) for n in numbers] for name, numbers in (table.get("regions") or {}).items()},
+                numbered_for=str(table.get("numbered_for") or "regions"),
                 skull_stripped=bool(table.get("skull_stripped", True)),
             )
         except (TypeError, ValueError, AttributeError) as error:
@@ -124,6 +128,34 @@ class Layout:
         for own, mapped in self.label_maps[labels].items():
             lookup[own] = mapped
         return lookup
+
+    def numbered(self, labels: str) -> "Layout":
+        """The same with `regions` numbered for another label map: what was of a region stays of it.
+
+        Args:
+            labels: a name in `label_maps`. Classes that it ignores (255) are of no region.
+
+        Raises:
+            UserError: no such map, no classes named for it, or one that does not tell a region from the rest.
+        """
+        if labels == self.numbered_for:
+            return self
+        chosen = self.label_lookup(labels)
+        if labels not in self.classes:
+            raise UserError(f"data.labels={labels}: {self.title} names classes for {', '.join(self.classes)} alone")
+        before = self.label_lookup(self.numbered_for)
+        regions = {}
+        for region, numbers in self.regions.items():
+            own = {number for number in self.label_values if before[number] in numbers}
+            inside, beyond = ({int(chosen[n]) for n in part} - {255} for part in (own, {*self.label_values} - own))
+            if not inside or inside & beyond:
+                raise UserError(
+                    f"data.labels={labels}: label_maps.{labels} of {self.title} does not tell its region {region} "
+                    f"({', '.join(self.label_values[n] for n in sorted(own))}) from the rest; set "
+                    f"data.labels={self.numbered_for}"
+                )
+            regions[region] = sorted(inside)
+        return replace(self, regions=regions, numbered_for=labels)
 
     def _with_plain_maps(self) -> "Layout":
         """A user's own layout may leave the maps out: `native` keeps the numbers, `regions` counts them through."""
@@ -159,6 +191,9 @@ class Layout:
                     f"{where}: classes.{name} has {len(self.classes.get(name, ()))} names, expected {largest + 1}: "
                     f"one for each number that label_maps.{name} maps to, 0 to {largest}"
                 )
+        if self.regions and self.numbered_for not in self.label_maps:
+            maps = ", ".join(self.label_maps)
+            raise UserError(f"{where}: numbered_for is {self.numbered_for}, expected one of label_maps: {maps}")
         if self.table and (set(self.table) != {"files", "id"}):
             raise UserError(f"{where}: table has the keys {sorted(self.table)}, expected files, id")
         if columns := [key for key, rule in self.fields.items() if "column" in rule and not self.table]:

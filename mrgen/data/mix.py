@@ -1,14 +1,18 @@
-"""All real slices and some synthetic ones: what judges a generator is trained on (Guo et al., section 3)."""
+"""Real, synthetic and classically augmented slices in one training: what judges a generator is trained on.
 
-from collections.abc import Sequence
+Guo et al., section 3, add synthetic slices to all real ones; Qu et al., Table 2, vary the amounts of all three and the
+order in which they are shown.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from mrgen.data.generated import read_generated
-from mrgen.data.sampler import Key
+from mrgen.data.sampler import Key, Turn
 from mrgen.data.slice_dataset import SliceDataset
 from mrgen.data.splits import Split
 from mrgen.data.store import Store, StoredSubject
@@ -16,31 +20,76 @@ from mrgen.errors import UserError
 
 __all__ = ["Mix", "MixedSlices"]
 
+ORDERS = ("random", "synthetic_first", "real_first")
+
 
 class Mix:
-    """Synthetic slices that join the real ones of training.
+    """How many slices of each kind training sees, and when. ×1 is the number of the training set's real slices.
 
     Args:
-        store: a synthetic cohort that ``mrgen-synthesize`` wrote.
-        fraction: synthetic slices for each real one; 1 and 0.5 in the paper's experiments 1 and 2.
-        equal_steps: an epoch has as many steps as of the real slices alone, so that all mixes are trained equally long;
-            else every slice is shown once an epoch, and more slices train longer.
+        store: a synthetic cohort that ``mrgen-synthesize`` wrote; None: no synthetic slices.
+        fraction: synthetic slices for each of ×1; 1 and 0.5 in the experiments 1 and 2 of Guo et al.
+        equal_steps: an epoch has as many steps as of ×1 alone, so that all mixes are trained equally long; else every
+            slice is shown once an epoch, and more slices train longer.
+        real: share of ×1 that is used, 0 to 1. Slices are drawn, not subjects.
+        enhanced: slices for each of ×1 that ``enhancement`` makes of the real ones in use: a fixed set, every real
+            slice changed once before any is changed twice.
+        enhancement: TorchIO transforms, applied in this order.
+        order: ``random``; or all steps of one kind before those of the other, ``synthetic_first`` or ``real_first``:
+            the training's steps are divided as the amounts are. Enhanced slices are of the real kind.
+
+    A smaller amount is part of a larger one, of every kind.
 
     Attributes:
         subjects: of the synthetic cohort, by id.
         made_from: patients that the generator was trained on.
-        method: the name of its run.
+        method: the name of its run; None without synthetic slices.
 
     Raises:
-        UserError: no synthetic cohort, or one that is not finished.
+        UserError: amounts that are none or leave nothing, no synthetic cohort, or one that is not finished.
     """
 
-    def __init__(self, *, store: str | Path, fraction: float = 1.0, equal_steps: bool = False):
+    def __init__(
+        self,
+        *,
+        store: str | Path | None = None,
+        fraction: float = 1.0,
+        equal_steps: bool = False,
+        real: float = 1.0,
+        enhanced: float = 0.0,
+        enhancement: Sequence[Callable[[Any], Any]] = (),
+        order: str = "random",
+    ):
+        for name, value, most, expected in (("real", real, 1.0, "0 to 1"), ("enhanced", enhanced, 1e6, "0 or more")):
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= most:
+                raise UserError(f"data.mix.{name} is {value!r}; expected a number, {expected}")
+        self.real, self.enhanced = float(real), float(enhanced)
+        self.enhancement, self.order, self.equal_steps = list(enhancement or ()), order, bool(equal_steps)
+        if order not in ORDERS:
+            raise UserError(f"data.mix.order is {order!r}; expected one of {', '.join(ORDERS)}")
+        if not self.real and store is None:
+            raise UserError("data.mix.real is 0 and data.mix.store null, which leaves no slice; set one of them")
+        if self.enhanced and not (self.real and self.enhancement):
+            lacking = "data.mix.enhancement, transforms that make them" if self.real else "real slices, data.mix.real"
+            raise UserError(f"data.mix.enhanced is {self.enhanced:g}, which needs {lacking}; set it, or enhanced=0")
+        if order != "random" and (store is None or not self.real):
+            raise UserError(
+                f"data.mix.order is {order}, and there are no {'synthetic' if store is None else 'real'} slices; "
+                f"expected both kinds: set data.mix.{'store' if store is None else 'real'}, or order=random"
+            )
+        self.store: Store | None = None
+        self.fraction, self.method = 0.0, cast(str | None, None)
+        self.subjects: Mapping[str, StoredSubject] = {}
+        self.made_from: frozenset[str] = frozenset()
+        self._of, self._made = "", cast(dict[str, Any] | None, None)
+        if store is not None:
+            self._read(store, fraction)
+
+    def _read(self, store: str | Path, fraction: float) -> None:
         if not isinstance(fraction, int | float) or isinstance(fraction, bool) or not fraction > 0:
             raise UserError(
                 f"data.mix.fraction is {fraction!r}; expected a number above 0, or data.mix.store=null for none"
             )
-        self.fraction, self.equal_steps = float(fraction), bool(equal_steps)
         record = read_generated(Path(store))
         if record is None:
             raise UserError(
@@ -49,14 +98,20 @@ class Mix:
             )
         if not record["complete"]:
             raise UserError(f"data.mix.store={store}: its making was interrupted; run the same mrgen-synthesize again")
-        self.store = Store(store)
+        self.store, self.fraction = Store(store), float(fraction)
         self.subjects = self.store.subjects
         self.method, self.made_from = str(record["method"]), frozenset(record["patients"])
         self._of = str(record["store"])
         self._made = {key: record[key] for key in ("checkpoint", "seed", "slices")}
 
+    def __bool__(self) -> bool:
+        """Whether training sees anything but all real slices."""
+        return self.store is not None or self.real < 1 or self.enhanced > 0
+
     def check(self, modalities: Sequence[str], classes: Sequence[str], labels: str, split: Split, real: Store) -> None:
         """Raises UserError where the cohort does not fit the real one, or knows its held-out patients."""
+        if self.store is None:
+            return
         where = f"data.mix.store={self.store.path}"
         if lacking := [name for name in modalities if name not in self.store.modalities]:
             raise UserError(
@@ -83,11 +138,13 @@ class Mix:
             )
 
     def slices(self) -> int:
-        """How many there are."""
+        """How many synthetic ones there are."""
         return sum(subject.shape[2] for subject in self.subjects.values())
 
     def wanted(self, real: int) -> int:
-        """How many join so many real ones. Raises UserError where there are too few."""
+        """How many synthetic slices go with ×1 = ``real``. Raises UserError where there are too few."""
+        if self.store is None:
+            return 0
         wanted = max(1, round(self.fraction * real))
         if wanted > self.slices():
             raise UserError(
@@ -97,14 +154,33 @@ class Mix:
             )
         return wanted
 
+    def amounts(self, real: int) -> tuple[int, int, int]:
+        """Real, enhanced and synthetic slices at ×1 = ``real``; one at least of each kind that there is."""
+        kept, enhanced = (max(1, round(share * real)) if share else 0 for share in (self.real, self.enhanced))
+        return kept, enhanced, self.wanted(real)
+
+    def turns(self, real: int, samples: int) -> list[Turn]:
+        """Which places of ``MixedSlices`` have which of so many samples of a whole training."""
+        kept, enhanced, synthetic = self.amounts(real)
+        total, of_synthetic = kept + enhanced + synthetic, range(kept + enhanced, kept + enhanced + synthetic)
+        if self.order == "random":
+            return [Turn(range(total), samples)]
+        theirs = round(samples * synthetic / total)
+        turns = [Turn(of_synthetic, theirs), Turn(range(kept + enhanced), samples - theirs)]
+        return turns if self.order == "synthetic_first" else turns[::-1]
+
     def describe(self, real: int) -> dict[str, Any]:
         """For a checkpoint: plain containers."""
+        kept, enhanced, synthetic = self.amounts(real)
         return {
             "method": self.method,
             "fraction": self.fraction,
             "equal_steps": self.equal_steps,
-            "real_slices": real,
-            "synthetic_slices": self.wanted(real),
+            "real": self.real,
+            "real_slices": kept,
+            "enhanced_slices": enhanced,
+            "synthetic_slices": synthetic,
+            "order": self.order,
             "patients": sorted(self.made_from),
             "made": self._made,  # of which checkpoint, how many
         }
@@ -115,27 +191,77 @@ def _sides(sides: set[tuple[float, ...]]) -> str:
 
 
 class MixedSlices(Dataset):
-    """Real slices, then the synthetic ones; a smaller fraction takes some of those that a larger one takes.
+    """Real slices, then enhanced and synthetic ones.
 
     Args:
-        real: all of them.
-        mix: where the others come from.
-        seed: chooses them.
+        real: gives all of them; not asked where none is used.
+        mix: how many of which.
+        count: how many real ones there are, ×1.
+        seed: chooses.
+        labels: the label map of the synthetic cohort's layout.
         **reading: as of ``SliceDataset``.
     """
 
-    def __init__(self, real: SliceDataset, mix: Mix, *, seed: int, **reading: Any):
-        subjects: list[StoredSubject] = list(mix.subjects.values())
-        reading["lookup"] = mix.store.layout.label_lookup(reading.pop("labels"))
-        self.real, self.synthetic = real, SliceDataset(subjects, seed=seed, whole=True, **reading)
-        order = np.random.default_rng([seed, len(self.synthetic)]).permutation(len(self.synthetic))
-        self.chosen = order[: mix.wanted(len(real))]
+    def __init__(
+        self, real: Callable[[], SliceDataset], mix: Mix, *, count: int, seed: int, labels: str, **reading: Any
+    ):
+        kept, enhanced, synthetic = mix.amounts(count)
+        self.parts: list[tuple[Dataset, np.ndarray]] = []  # a data set and the places in it, for each kind
+        if kept:
+            slices = real()
+            places = np.random.default_rng([seed, count, 0]).permutation(count)[:kept]
+            places = np.sort(places) if kept == count else places
+            self.parts.append((slices, places))
+            made = EnhancedSlices(slices, places, mix.enhancement, count=enhanced, seed=seed)
+            self.parts.append((made, np.arange(enhanced)))
+        if mix.store is not None:
+            lookup = mix.store.layout.label_lookup(labels)
+            reading = {**reading, "lookup": lookup, "seed": seed, "whole": True}
+            others = SliceDataset(list(mix.subjects.values()), **reading)
+            order = np.random.default_rng([seed, len(others)]).permutation(len(others))
+            self.parts.append((others, order[:synthetic]))
 
     def __len__(self) -> int:
-        return len(self.real) + len(self.chosen)
+        return sum(len(places) for _, places in self.parts)
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         epoch, index, which = key
-        if which < len(self.real):
-            return self.real[key]
-        return self.synthetic[epoch, index, int(self.chosen[which - len(self.real)])]
+        for slices, places in self.parts:
+            if which < len(places):
+                return slices[epoch, index, int(places[which])]
+            which -= len(places)
+        raise IndexError(f"place {key[2]} of {len(self)}")
+
+
+class EnhancedSlices(Dataset):
+    """Slices through transforms that are seeded by their place: the same whenever they are looked at.
+
+    Args:
+        slices: those that are changed, at these ``places``.
+        transforms: TorchIO's; training's own augmentation follows them.
+        count: how many there are, in shuffled passes over the places.
+        seed: shuffles and changes.
+    """
+
+    def __init__(
+        self,
+        slices: SliceDataset,
+        places: np.ndarray,
+        transforms: Sequence[Callable[[Any], Any]],
+        *,
+        count: int,
+        seed: int,
+    ):
+        self.slices, self.transforms, self.seed = slices, list(transforms), seed
+        passes = -(-count // len(places))
+        shuffled = [np.random.default_rng([seed, len(places), 1, n]).permutation(places) for n in range(passes)]
+        self.places = np.concatenate([*shuffled, np.empty(0, int)])[:count]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        epoch, index, which = key
+        enhancing = [(transform, (self.seed, which, n)) for n, transform in enumerate(self.transforms)]
+        augmenting = self.slices.augment, (self.slices.seed, epoch, index)
+        return self.slices.sample(int(self.places[which]), *enhancing, augmenting)

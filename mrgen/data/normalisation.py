@@ -84,6 +84,7 @@ class MinMax:
 
     scale = "unit"
     outside = 0.0
+    top = "max"  # what becomes 1
 
     def __call__(self, image: Tensor, brain: Tensor, statistics: Sequence[Statistics]) -> Tensor:
         """Normalises; arguments as of ``ZScore``, which needs ``max`` of the statistics. A scan without signal is 0."""
@@ -105,6 +106,7 @@ class Symmetric:
 
     scale = "symmetric"
     outside = -1.0
+    top = "p99_5"  # what becomes 1
 
     def __call__(self, image: Tensor, brain: Tensor, statistics: Sequence[Statistics]) -> Tensor:
         """As ``ZScore``, of whose statistics it needs ``p99_5``. A scan without signal is −1."""

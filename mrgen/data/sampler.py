@@ -1,30 +1,41 @@
 """Orders that are functions of (seed, epoch, index), so that a resumed run repeats an uninterrupted one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
 
-__all__ = ["EvaluationSampler", "Key", "TrainingSampler"]
+__all__ = ["EvaluationSampler", "Key", "TrainingSampler", "Turn"]
 
 Key = tuple[int, int, int]  # (epoch, index within the epoch, subject): what seeds a sample's crop and augmentation
+
+
+class Turn(NamedTuple):
+    """A part of the subjects that has so many samples of a training to itself."""
+
+    subjects: range
+    samples: int
 
 
 class TrainingSampler(Sampler[Key]):
     """Epochs of a fixed number of samples, drawn from an endless sequence of shuffled passes over the subjects.
 
-    Every subject is seen once before any is seen twice, across epoch borders and across ranks.
+    Every subject is seen once before any is seen twice, across epoch borders and across ranks. Where there are turns,
+    one after the other, this holds of each; the last goes on for as long as the training does.
 
     Args:
-        subjects: how many there are.
+        subjects: how many there are, or whose turn comes after whose.
         samples: samples of one epoch on one rank.
         seed: of the shuffling.
         rank: this process.
         world_size: number of processes; each takes every world_size-th sample of the common order.
     """
 
-    def __init__(self, subjects: int, *, samples: int, seed: int, rank: int = 0, world_size: int = 1):
-        self.subjects, self.samples, self.seed = subjects, samples, seed
+    def __init__(self, subjects: int | Sequence[Turn], *, samples: int, seed: int, rank: int = 0, world_size: int = 1):
+        self.turns = [Turn(range(subjects), 0)] if isinstance(subjects, int) else list(subjects)
+        self.samples, self.seed = samples, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
 
@@ -37,14 +48,23 @@ class TrainingSampler(Sampler[Key]):
 
     def __iter__(self) -> Iterator[Key]:
         first = self.epoch * self.samples * self.world_size
-        shuffled, current = None, -1
         for i in range(self.rank, self.samples * self.world_size, self.world_size):
-            pass_number, position = divmod(first + i, self.subjects)
-            if pass_number != current:
-                shuffled = np.random.default_rng([self.seed, pass_number]).permutation(self.subjects)
-                current = pass_number
-            assert shuffled is not None
-            yield self.epoch, i, int(shuffled[position])
+            yield self.epoch, i, self._subject(first + i)
+
+    def _subject(self, position: int) -> int:
+        """The subject at a position in the whole training."""
+        turn, *others = self.turns
+        for following in others:
+            if position < turn.samples:
+                break
+            position, turn = position - turn.samples, following
+        pass_number, place = divmod(position, len(turn.subjects))
+        return turn.subjects[int(_shuffled(self.seed, pass_number, len(turn.subjects))[place])]
+
+
+@lru_cache(maxsize=16)
+def _shuffled(seed: int, pass_number: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, pass_number]).permutation(count)
 
 
 class EvaluationSampler(Sampler[Key]):

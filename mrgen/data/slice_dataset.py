@@ -79,10 +79,11 @@ class _Stacks:
             recorded = stored_statistics(normalisation, subject, modalities)
             self.stacks.append(_Stack(subject, image, label, brain, recorded, seen))
 
-    def read(self, stack: _Stack, z: int) -> dict[str, Tensor]:
+    def read(self, stack: _Stack, z: int, channels: slice = slice(None)) -> dict[str, Tensor]:
         """Image (C, X, Y), normalised, label (X, Y) and brain (X, Y) of the z-th kept slice; guides (n, X, Y)."""
         brain = torch.from_numpy(stack.brain[z].copy())
-        image = self.normalisation(torch.from_numpy(stack.image[z]), brain, stack.statistics)
+        stored = torch.from_numpy(stack.image[z, channels])
+        image = self.normalisation(stored, brain, stack.statistics[channels])
         guides = {name: torch.from_numpy(slices[z].astype(np.float32)) for name, slices in stack.guides.items()}
         return {"image": image, "label": torch.from_numpy(stack.label[z]).long(), "brain": brain, **guides}
 
@@ -118,15 +119,28 @@ class SliceDataset(Dataset):
     def __len__(self) -> int:
         return len(self.places)
 
+    def label(self, place: int) -> np.ndarray:
+        """(X, Y) uint8, mapped: as it is on disk."""
+        stack, z = self.places[place]
+        return stack.label[z]
+
     def __getitem__(self, key: Key) -> dict[str, Any]:
-        epoch, index, which = key
-        stack, z = self.places[which]
-        parts = self._read.read(stack, z)
-        if self.augment is not None:
-            seed = int(np.random.default_rng([self.seed, epoch, index]).integers(2**62))
+        epoch, index, place = key
+        return self.sample(place, (self.augment, (self.seed, epoch, index)))
+
+    def sample(
+        self, place: int, *steps: tuple[Callable[[Any], Any] | None, Sequence[int]], channels: slice = slice(None)
+    ) -> dict[str, Any]:
+        """The slice at a place in these sequences, through TorchIO transforms, each with what it is seeded by."""
+        stack, z = self.places[place]
+        parts = self._read.read(stack, z, channels)
+        for transform, words in steps:
+            if transform is None:
+                continue
+            seed = int(np.random.default_rng(words).integers(2**62))
             volumes = {name: part[..., None] for name, part in parts.items()}  # TorchIO knows volumes alone
             outside = self._read.normalisation.outside
-            parts = {k: v[..., 0] for k, v in augmented(self.augment, volumes, seed=seed, outside=outside).items()}
+            parts = {k: v[..., 0] for k, v in augmented(transform, volumes, seed=seed, outside=outside).items()}
         return {**parts, **_named(stack.subject)}
 
 

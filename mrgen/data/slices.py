@@ -67,10 +67,11 @@ class SiteSlices:
 
     Args:
         size: voxels along x and y.
-        front: by site, the share of the surplus along y that is cut in front; 0.5 elsewhere.
-        dropped: by site, the share of the slices that is left out at each end in training;
-        dropped_elsewhere: the same of all other sites.
-        zeroed: share of the slices at each end in which no lesion is predicted at test, rounded up.
+        front: by site, the share of the surplus along y that is cut in front.
+        front_elsewhere: the same of all other sites; None: half.
+        dropped: by site, the share of the slices that is left out at each end in training.
+        dropped_elsewhere: the same of all other sites; or a pair of shares, below and above.
+        zeroed: share of the slices at each end in which no lesion is predicted at test, rounded up; or such a pair.
         step: training shows every so many slices, where neighbours are all but copies of each other.
     """
 
@@ -83,9 +84,10 @@ class SiteSlices:
         size: Sequence[int] = (200, 200),
         front: Mapping[str, float] | None = None,
         dropped: Mapping[str, float] | None = None,
-        dropped_elsewhere: float = 0.0,
-        zeroed: float = 0.0,
+        dropped_elsewhere: float | Sequence[float] = 0.0,
+        zeroed: float | Sequence[float] = 0.0,
         step: int = 1,
+        front_elsewhere: float | None = None,
     ):
         if len(size) != 2 or min(size) < self.smallest:
             raise UserError(
@@ -93,11 +95,15 @@ class SiteSlices:
             )
         self.size: tuple[int, ...] = (int(size[0]), int(size[1]))
         self.front, self.dropped = dict(front or {}), dict(dropped or {})
-        self.dropped_elsewhere, self.zeroed = dropped_elsewhere, zeroed
+        self.front_elsewhere = front_elsewhere
+        pairs = {"dropped_elsewhere": dropped_elsewhere, "zeroed": zeroed}
+        self.dropped_elsewhere, self.zeroed = (_ends(name, share) for name, share in pairs.items())
         if step < 1:
             raise UserError(f"data.sampling.step is {step}; expected a whole number from 1 on")
         self.step = step
-        shares = {"front": [*self.front.values()], "dropped": [*self.dropped.values(), dropped_elsewhere, zeroed]}
+        elsewhere = [] if front_elsewhere is None else [front_elsewhere]
+        alike = [share for share in pairs.values() if not isinstance(share, Sequence)]
+        shares = {"front": [*self.front.values(), *elsewhere], "dropped": [*self.dropped.values(), *alike]}
         for name, most in (("front", 1.0), ("dropped", 0.5)):
             if any(not 0 <= share <= most for share in shares[name]):
                 raise UserError(f"data.sampling: shares of {name} are {shares[name]}; expected 0 to {most:g}")
@@ -133,17 +139,31 @@ class SiteSlices:
         (x, y, z), (wide, long) = shape[:3], self.size
         surplus = y - long
         front = -(-surplus // 2)  # so that an odd voxel is cut where `Gaussian` and x cut it
-        if surplus > 0 and site in self.front:
-            front = round(surplus * self.front[site])
+        share = self.front.get(site or "", self.front_elsewhere)
+        if surplus > 0 and share is not None:
+            front = round(surplus * share)
         left, back = (x - wide) // 2, surplus - front
         return (left, left + wide), (back, back + long), (0, z)
 
     def training(self, shape: Sequence[int], site: str | None) -> range:
         """The slices of a scan that training shows."""
-        ends = round(shape[2] * self.dropped.get(site or "", self.dropped_elsewhere))
-        return range(ends, shape[2] - ends, self.step)
+        share = self.dropped.get(site or "")
+        below, above = (round(shape[2] * end) for end in (self.dropped_elsewhere if share is None else (share, share)))
+        return range(below, shape[2] - above, self.step)
 
     def tested(self, shape: Sequence[int]) -> range:
         """The slices of a scan in which lesions may be predicted."""
-        ends = math.ceil(round(shape[2] * self.zeroed, 6))
-        return range(ends, shape[2] - ends)
+        below, above = (math.ceil(round(shape[2] * end, 6)) for end in self.zeroed)
+        return range(below, shape[2] - above)
+
+
+def _ends(name: str, share: float | Sequence[float]) -> tuple[float, float]:
+    """The shares below and above. Raises UserError for what is no pair of shares that leaves something between."""
+    if not isinstance(share, Sequence):
+        return share, share
+    if len(share) != 2 or min(share) < 0 or sum(share) >= 1:
+        raise UserError(
+            f"data.sampling.{name} is {list(share)}; expected one share, or two, below and above, from 0 on and "
+            "together below 1"
+        )
+    return share[0], share[1]

@@ -4,6 +4,7 @@
     store/<id>/image.npy    (C, X, Y, Z) C order, int16 where all sequences are whole numbers in its range, else float32
     store/<id>/label.npy    (X, Y, Z) uint8, the cohort's own label numbers; absent for unlabelled subjects
     store/<id>/brain.npy    (X, Y, Z) uint8, 0 or 1; one mask for all sequences
+    store/<id>/structure.npy  likewise, the structure maps of a synthetic subject that was made from some
     store/<id>/subject.json everything else
 
 Axes are canonical: RAS+, x y z. A subject's folder is written under a hidden name beside its place and then renamed, so
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from mrgen.data.layouts import Layout
-from mrgen.data.stored_subject import BRAIN, IMAGE, LABEL, Box, StoredSubject, to_original
+from mrgen.data.stored_subject import BRAIN, IMAGE, LABEL, STRUCTURE, Box, StoredSubject, to_original
 from mrgen.errors import UserError
 
 VERSION = 1
@@ -154,6 +155,7 @@ def write_subject(
     brain: np.ndarray,
     affine: np.ndarray,
     label: np.ndarray | None = None,
+    structure: np.ndarray | None = None,
     patient: str | None = None,
     grade: str | None = None,
     site: str | None = None,
@@ -172,6 +174,7 @@ def write_subject(
         brain: (X, Y, Z), true inside the brain.
         affine: 4×4, voxels to RAS+ world.
         label: (X, Y, Z), the cohort's own label numbers, or None.
+        structure: (X, Y, Z), true on edges, of a synthetic subject that was made from structure maps; or None.
         patient: default: the id.
         grade: or None.
         site: or None.
@@ -194,8 +197,9 @@ def write_subject(
         raise UserError(f"{store}: found no {_COHORT}, expected a store; write_cohort comes first")
     if image.ndim != 4 or image.shape[0] != len(cohort["modalities"]) or brain.shape != image.shape[1:]:
         raise ValueError(f"image {image.shape}, brain {brain.shape}: expected {len(cohort['modalities'])} channels")
-    if label is not None and label.shape != brain.shape:
-        raise ValueError(f"label {label.shape}: expected {brain.shape}")
+    for name, array in (("label", label), ("structure", structure)):
+        if array is not None and array.shape != brain.shape:
+            raise ValueError(f"{name} {array.shape}: expected {brain.shape}")
     image, label = stored_type(image), None if label is None else label.astype(np.uint8)
     brain = np.ascontiguousarray(brain, dtype=np.bool_)
     table = {
@@ -224,7 +228,8 @@ def write_subject(
     partial = store / f".{id}.{uuid.uuid4().hex[:8]}.partial"
     try:
         partial.mkdir()
-        for name, array in ((IMAGE, image), (LABEL, label), (BRAIN, brain.view(np.uint8))):
+        edges = None if structure is None else np.ascontiguousarray(structure, dtype=np.bool_).view(np.uint8)
+        for name, array in ((IMAGE, image), (LABEL, label), (BRAIN, brain.view(np.uint8)), (STRUCTURE, edges)):
             if array is not None:
                 with open(partial / name, "wb") as file:
                     np.save(file, array, allow_pickle=False)

@@ -11,7 +11,7 @@ import numpy as np
 from mrgen.errors import UserError
 
 Box = Sequence[tuple[int, int]]
-IMAGE, LABEL, BRAIN = "image.npy", "label.npy", "brain.npy"
+IMAGE, LABEL, BRAIN, STRUCTURE = "image.npy", "label.npy", "brain.npy", "structure.npy"
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,16 @@ class StoredSubject:
         """(x, y, z) bool, the brain mask that all sequences share; False outside the volume; see `read_image`."""
         brain = _opened(str(self.path / BRAIN), self.revision).view(np.bool_)
         return _crop(brain[None], box, None if out is None else out[None], False)[0]
+
+    def read_structure(self, box: Box | None = None) -> np.ndarray:
+        """(x, y, z) bool, the structure maps that a synthetic subject was made from; see `read_image`.
+
+        Raises:
+            UserError: it was made from none, or is a scan.
+        """
+        if not (self.path / STRUCTURE).is_file():
+            raise UserError(f"{self.id} has no structure maps, which a lesion VAE-GAN's synthetic subjects have alone")
+        return _crop(_opened(str(self.path / STRUCTURE), self.revision).view(np.bool_)[None], box, None, False)[0]
 
 
 @lru_cache(maxsize=256)  # each mapping holds a file descriptor, and a BraTS 2021 store has 3753 files

@@ -21,6 +21,7 @@ __all__ = [
     "augmentation_summary",
     "by_patient",
     "method_of",
+    "over_repeats",
     "runs_of",
 ]
 
@@ -94,7 +95,7 @@ def augmentation_summary(rows: Rows, *, labels: Sequence[str], reference: str) -
             for key in TESTED:
                 values = scores(own, name, key)
                 line |= estimate(key, list(values.values()))
-                against = {} if method_of(name) == reference else _over_repeats(mine, reference, key)
+                against = {} if method_of(name) == reference else over_repeats(mine, reference, key)
                 pairs = [(value, against[id]) for id, value in values.items() if id in against]
                 line |= estimate(f"{key}_change", [a - b for a, b in pairs])
                 line[f"{key}_p"] = paired_wilcoxon([a for a, _ in pairs], [b for _, b in pairs])
@@ -135,7 +136,7 @@ def augmentation_directions(
     whole = [row for row in patients if row["label"] == _labels_of(patients)[-1]]  # the mean, or the only label
     lines: list[dict[str, Any]] = []
     for first, relation, second in claims:
-        one, other = (_over_repeats(whole, name, "dice") for name in (first, second))
+        one, other = (over_repeats(whole, name, "dice") for name in (first, second))
         if not (pairs := [(value, other[id]) for id, value in one.items() if id in other]):
             continue
         values, against = (list(side) for side in zip(*pairs, strict=True))
@@ -144,7 +145,7 @@ def augmentation_directions(
         line = {"first": first, "relation": relation, "second": second, "n": len(pairs)}
         line |= {"first_mean": means[0], "second_mean": means[1]}
         line |= estimate("difference", [a - b for a, b in pairs])
-        there = [_over_repeats(whole, name, "dice_there") for name in (first, second)]
+        there = [over_repeats(whole, name, "dice_there") for name in (first, second)]
         line |= estimate("there", [value - there[1][id] for id, value in there[0].items() if id in there[1]])
         line |= {"holds": means[0] > means[1] if relation == ">" else means[0] < means[1]}
         line |= {"p": paired_wilcoxon(values, against), "paper_first": printed[0], "paper_second": printed[1]}
@@ -192,7 +193,7 @@ def _labels_of(patients: Rows) -> list[str]:
     return list(dict.fromkeys(str(row["label"]) for row in patients))
 
 
-def _over_repeats(rows: Rows, method: str, key: str) -> dict[str, float]:
+def over_repeats(rows: Rows, method: str, key: str) -> dict[str, float]:
     """By patient, the mean of a method's runs."""
     found: dict[str, list[float]] = {}
     for name in runs_of(rows):

@@ -20,7 +20,7 @@ from mrgen.evaluation.swap_tables import DASH, INTERVAL, Rows, cell, p_cell, wil
 from mrgen.evaluation.table import Table
 from mrgen.metrics.segmentation import HD95_ONE_EMPTY
 
-__all__ = ["augmentation_tables"]
+__all__ = ["augmentation_tables", "least_p", "training_table"]
 
 NAMES = {"dice": "Dice", "hd95": "HD95 (mm)", "sensitivity": "sensitivity", "specificity": "specificity"}
 TRAINING = {
@@ -80,7 +80,7 @@ def augmentation_tables(
     printed = {} if paper is None else {name: row for part in experiments for name, row in part["rows"].items()}
     found: dict[str, Table] = {}
     if training:
-        found["training"] = _training(training, f"{title}, training")
+        found["training"] = training_table(training, f"{title}, training", TRAINING)
     for number, part in enumerate(experiments, start=1):
         names = [name for wanted in part["rows"] for name in runs_of(rows) if method_of(name) == wanted]
         values = part["rows"] if paper else None
@@ -126,10 +126,17 @@ def _led(names: Sequence[str], rows: Rows, reference: str) -> list[str]:
     return [*leading, *(name for name in names if name not in leading)]
 
 
-def _training(training: Mapping[str, Mapping[str, Any]], title: str) -> Table:
-    table = Table(title, ["run", *TRAINING.values()])
+def training_table(training: Mapping[str, Mapping[str, Any]], title: str, columns: Mapping[str, str]) -> Table:
+    """How every run was trained.
+
+    Args:
+        training: by run, what is known of it; ``steps`` must be equal, or a note says that they are not.
+        title: the table's.
+        columns: headings of what is shown, by its key in ``training``.
+    """
+    table = Table(title, ["run", *columns.values()])
     for name, facts in training.items():
-        values = [facts.get(key) for key in TRAINING]
+        values = [facts.get(key) for key in columns]
         table.rows.append([name, *(_said(value) for value in values)])
     table.notes = ["steps equalised: an epoch has as many as of the real slices alone. batch size: of all devices."]
     known = {facts.get("steps") for facts in training.values()} - {None}
@@ -189,11 +196,21 @@ def _differences(lines: Rows, place: str, title: str, reference: str) -> Table:
         f"p: two-sided Wilcoxon signed-rank test against {reference}, paired by patient; Holm-adjusted over all runs "
         f"and labels, of each measure in turn; {DASH} below {FEWEST} patients.",
     ]
-    tests = sum(line["dice_p"] is not None for line in lines)
-    least = tests * 2 / 2 ** max((line["n"] for line in lines), default=0)
-    if least >= 0.01:
-        table.notes.append(f"So many tests of so few patients: no p can fall below {p_cell(min(1.0, least))}.")
+    table.notes += least_p(lines, "dice_p")
     return table
+
+
+def least_p(lines: Rows, *keys: str) -> list[str]:
+    """A note where Holm's adjustment leaves nothing to find.
+
+    Args:
+        lines: with ``n``, the number of patients.
+        keys: of the p-values of one family, None where there was no test.
+    """
+    tests = sum(line[key] is not None for line in lines for key in keys)
+    least = tests * 2 / 2 ** max((line["n"] for line in lines), default=0)
+    few = f"So many tests of so few patients: no p can fall below {p_cell(min(1.0, least))}."
+    return [few] if least >= 0.01 else []
 
 
 def _empty(lines: Rows, title: str) -> Table:

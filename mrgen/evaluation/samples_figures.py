@@ -116,12 +116,15 @@ def mask_colours(classes: Sequence[str]) -> dict[str, str]:
     Args:
         classes: of the label; the first is no lesion.
     """
-    colours = {"normal brain": BRAIN}
+    named: dict[str, str] = {}
     for kind in classes[1:]:
-        wanted = [colour for part, colour in NAMED.items() if part in kind.lower()][:1]
-        free = [colour for colour in (*wanted, *OTHERS) if colour not in colours.values()]
-        colours[kind] = free[0] if free else OTHERS[-1]
-    return colours
+        wanted = next((colour for part, colour in NAMED.items() if part in kind.lower()), None)
+        if wanted is not None and wanted not in named.values():
+            named[kind] = wanted
+    free = [colour for colour in OTHERS if colour not in named.values()]
+    unnamed = [kind for kind in classes[1:] if kind not in named]
+    others = {kind: free[min(i, len(free) - 1)] if free else OTHERS[-1] for i, kind in enumerate(unnamed)}
+    return {"normal brain": BRAIN, **{kind: {**named, **others}[kind] for kind in classes[1:]}}
 
 
 def mask_picture(label: np.ndarray, brain: np.ndarray, classes: Sequence[str]) -> np.ndarray:

@@ -6,7 +6,7 @@ Nothing heavy is imported here: ``--help`` must answer in about a second.
 import os
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import hydra
@@ -28,11 +28,27 @@ def register_resolvers() -> None:
     """The resolvers that ``conf/`` uses beyond OmegaConf's own."""
     OmegaConf.register_new_resolver("token", lambda: _token, replace=True)
     OmegaConf.register_new_resolver("float", _float, replace=True)
+    OmegaConf.register_new_resolver("row", _row, replace=True)
+    OmegaConf.register_new_resolver("synthetic_store", _synthetic_store, replace=True)
 
 
 def _float(value: object) -> object:
     """1, 1.0 and 1.00 are one name; what is no number is refused where it is used."""
     return float(value) if isinstance(value, int | float) else value
+
+
+def _row(rows: Mapping[int, Mapping[str, object]], row: object, key: str) -> object:
+    """One value of a row of a preset's table."""
+    if row not in rows:
+        raise UserError(f"row={row}: found no such row; expected one of {', '.join(map(str, rows))}")
+    return rows[row][key]  # type: ignore[index]
+
+
+def _synthetic_store(name: str, fraction: float) -> str | None:
+    """The synthetic cohort of a generator's run, or at a path; None where no slice of it is asked for."""
+    if not fraction:
+        return None
+    return name if os.sep in name else f"{os.environ.get('MRGEN_STORES', 'stores')}/synthetic_{name}"
 
 
 def run_app(config_name: str, task: Callable[[DictConfig], None]) -> None:
@@ -54,12 +70,22 @@ def run_app(config_name: str, task: Callable[[DictConfig], None]) -> None:
     except UserError as error:
         _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
+        if ours := _of_resolver(error):
+            _fail(ours)
         hint = "\nSet the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace."
         _fail(str(error).replace(hint, "") + _valid_keys(error) + _presets(error))
     except yaml.YAMLError as error:
         _fail(f"a YAML file cannot be read: {error}")
     except KeyboardInterrupt:
         _fail("interrupted")
+
+
+def _of_resolver(error: BaseException) -> str | None:
+    """What one of our resolvers said, without what OmegaConf and Hydra put around it."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__cause__ or cause.__context__
+    return None if cause is None else str(cause)
 
 
 def _valid_keys(error: BaseException) -> str:

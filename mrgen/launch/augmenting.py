@@ -1,4 +1,7 @@
-"""From segmenters with and without synthetic training slices to tables: what ``mrgen-evaluate`` does for paper 2."""
+"""From segmenters with and without synthetic training slices to tables: what ``mrgen-evaluate`` does for paper 2.
+
+``mrgen.launch.availability`` judges such runs by the same checks and for paper 4.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +25,7 @@ from mrgen.launch.runs import Run, load_run
 from mrgen.launch.training import build_trainer, checked_seed
 from mrgen.protocols import Segmenter
 
-__all__ = ["judge_augmentation"]
+__all__ = ["held_out", "judge_augmentation", "judged_runs", "segmenters", "trained_on"]
 
 
 def judge_augmentation(conf: DictConfig, out_dir: Path) -> Path:
@@ -41,9 +44,29 @@ def judge_augmentation(conf: DictConfig, out_dir: Path) -> Path:
         UserError: runs that do not fit together, or a subject whose patient a run, or the generator behind its
             synthetic slices, was trained on.
     """
+    named = segmenters(conf)
+    module, notes = held_out(conf, named)
+    notes += [f"{name}: {run.path.name} ({run.checkpoint.stem})." for name, run in named.items()]
+    reference = str(conf.evaluation.reference)
+    if not any(method_of(name) == reference for name in named):
+        notes.append(f"No run is called {reference}: nothing is compared with real slices alone.")
+    labels = {name: [number] for number, name in enumerate(module.classes) if number}
+    if (judged := judged_runs(conf, out_dir, named, module, labels)) is not None:
+        _report(conf, out_dir, judged, named, module, notes)
+    return out_dir
+
+
+def segmenters(conf: DictConfig) -> dict[str, Run]:
+    """The runs to judge by name; repeated ones carry a running number.
+
+    Raises:
+        UserError: no segmenters of slices, runs whose numbers could not be compared, or repeats that were trained on
+            other data or for other times.
+    """
     if conf.subjects not in ("test", "val"):
         raise UserError(f"subjects is {conf.subjects}; runs are judged on their common split: expected test or val")
-    seed, runs = checked_seed(conf.seed), [load_run(path) for path in finished_runs(conf)]
+    checked_seed(conf.seed)
+    runs = [load_run(path) for path in finished_runs(conf)]
     for run in runs:
         if not isinstance(run.model, Segmenter) or run.slices is None:
             raise UserError(
@@ -53,9 +76,19 @@ def judge_augmentation(conf: DictConfig, out_dir: Path) -> Path:
     _check_alike(conf, runs)
     named = by_name(runs)
     _check_repeats(named)
+    return named
+
+
+def held_out(conf: DictConfig, named: Mapping[str, Run]) -> tuple[CohortDataModule, list[str]]:
+    """Whole volumes of the held-out subjects, and what a reader of the table must know of them.
+
+    Raises:
+        UserError: subjects without a label; a run called as the reference that knows synthetic slices; or a subject
+            whose patient a run, or the generator behind its synthetic slices, was trained on.
+    """
+    runs = list(named.values())
     module = whole_volumes(conf, runs[0], runs)  # the first as all others: they read the same sequences
-    subjects = {id: module.store.subjects[id] for id in module.split.test}
-    unlabelled = [id for id, subject in subjects.items() if not subject.labelled]
+    unlabelled = [id for id in module.split.test if not module.store.subjects[id].labelled]
     if unlabelled:
         raise UserError(f"{', '.join(unlabelled[:3])}: no label, which this judgement needs; judge labelled subjects")
     reference = str(conf.evaluation.reference)
@@ -66,25 +99,38 @@ def judge_augmentation(conf: DictConfig, out_dir: Path) -> Path:
                 "cohort; train it under another name (name=…)"
             )
     leaks = check_leaks(module, runs, module.split.test)
-    pl.seed_everything(seed, verbose=False)
+    return module, [f"Subjects: the {conf.subjects} part of the runs' common split, {module.store.path.name}.", *leaks]
+
+
+def judged_runs(
+    conf: DictConfig,
+    out_dir: Path,
+    named: Mapping[str, Run],
+    module: CohortDataModule,
+    labels: Mapping[str, Sequence[int]],
+    **judging: Any,
+) -> Augmentation | None:
+    """The judgement of all runs; None in processes that are not to write it.
+
+    Args:
+        conf: composed config of ``conf/evaluate.yaml``.
+        out_dir: of the trainer.
+        named, module: of ``segmenters`` and ``held_out``.
+        labels, **judging: as of ``Augmentation``.
+    """
+    pl.seed_everything(checked_seed(conf.seed), verbose=False)
     shown = str(conf.evaluation.shown)
-    shown = shown if shown in module.modalities else module.modalities[0]
     judged = Augmentation(
         methods={name: Method(run.model, run.normalisation, run.slices) for name, run in named.items() if run.slices},
         modalities=module.modalities,
-        classes=module.classes,
-        subjects=subjects,
-        shown=shown,
+        labels=labels,
+        subjects={id: module.store.subjects[id] for id in module.split.test},
+        shown=shown if shown in module.modalities else module.modalities[0],
+        **judging,
     )
     trainer = build_trainer(conf.trainer, out_dir, callbacks=[], loggers=[])
     trainer.test(judged, datamodule=module, verbose=False)
-    if trainer.is_global_zero:
-        notes = [f"Subjects: the {conf.subjects} part of the runs' common split, {module.store.path.name}.", *leaks]
-        notes += [f"{name}: {run.path.name} ({run.checkpoint.stem})." for name, run in named.items()]
-        if not any(method_of(name) == reference for name in named):
-            notes.append(f"No run is called {reference}: nothing is compared with real slices alone.")
-        _report(conf, out_dir, judged, named, module, notes)
-    return out_dir
+    return judged if trainer.is_global_zero else None
 
 
 def _report(
@@ -112,7 +158,7 @@ def _report(
         reference=reference,
         experiments=evaluation.get("experiments") or (),
         claims=evaluation.get("claims") or (),
-        training={name: _training(run) for name, run in runs.items()},
+        training={name: trained_on(run) for name, run in runs.items()},
         paper=paper,
         notes=notes,
     ).values()
@@ -166,7 +212,7 @@ def _check_repeats(named: Mapping[str, Run]) -> None:
     first: dict[str, Run] = {}
     for name, run in named.items():
         other = first.setdefault(method_of(name), run)
-        if _training(run) != _training(other):
+        if trained_on(run) != trained_on(other):
             raise UserError(
                 f"{other.path} and {run.path} are both called {method_of(name)} and were trained on other data or for "
                 "other times; train one of them under another name (name=…), or judge one at a time"
@@ -177,13 +223,15 @@ def _classes(run: Run) -> list[str]:
     return [str(name) for name in run.conf.data.layout.classes[run.conf.data.labels]]
 
 
-def _training(run: Run) -> dict[str, Any]:
+def trained_on(run: Run) -> dict[str, Any]:
     """How a run was trained; None where its checkpoint does not say."""
     data, trained = run.description["data"], run.description.get("training") or {}
     mix, size = data.get("mix"), run.conf.data.get("batch_size")
     return {
         "real_slices": (mix or {}).get("real_slices", data.get("slices")),
         "synthetic_slices": mix["synthetic_slices"] if mix else 0 if "mix" in data else None,
+        "enhanced_slices": mix.get("enhanced_slices", 0) if mix else 0 if "mix" in data else None,
+        "order": mix.get("order") if mix else None,
         "whole_cohort": "synthetic" if data.get("synthetic") else None,
         "epochs": trained.get("epochs"),
         "steps": trained.get("steps"),

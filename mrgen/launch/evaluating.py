@@ -159,7 +159,7 @@ def _swap(datamodule: CohortDataModule, segmenter: Run | None, runs: Mapping[str
         segmenter=None if segmenter is None else WholeSegmenter(segmenter.model, segmenter.tile),
         synthesizers={name: run.synthesizer() for name, run in runs.items()},
         modalities=datamodule.modalities,
-        regions=datamodule.store.layout.regions,
+        regions=datamodule.regions,
         normalisations={name: normalisation(run) for name, run in {**judges, **runs}.items()},
         subjects=datamodule.store.subjects,
         boxes={name: run.view for name, run in {**judges, **runs}.items()},
@@ -307,6 +307,7 @@ def _pictured(datamodule: CohortDataModule) -> str:
         mapped: dict[int, int] = {}
         for number, count in counts.items():
             mapped[int(datamodule.lookup[number])] = mapped.get(int(datamodule.lookup[number]), 0) + count
-        return mapped.get(3, 0), sum(count for number, count in mapped.items() if 0 < number < 255)
+        enhancing = sum(mapped.get(number, 0) for number in datamodule.regions.get("ET", ()))
+        return enhancing, sum(count for number, count in mapped.items() if 0 < number < 255)
 
     return max(datamodule.split.test, key=lesion)

@@ -2,11 +2,13 @@
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -37,16 +39,17 @@ from mrgen.data.store import (
     write_cohort,
 )
 from mrgen.errors import UserError
+from mrgen.launch.generating_lesions import LesionMethod, lesion_settings
 from mrgen.launch.runs import Run
-from mrgen.launch.status import read_status
 from mrgen.launch.trained import choose_device, inference_precision
 from mrgen.launch.training import checked_seed
-from mrgen.protocols import Generated, LabelMaps
+from mrgen.papers.lesion_vaegan.cohort import LesionGenerator
+from mrgen.protocols import Generated, Generator, LabelMaps
 
-__all__ = ["GENERATING", "generate"]
+__all__ = ["generate", "generating_settings"]
 
 # Keys of conf/synthesize.yaml that generators alone know, and those that they do not.
-GENERATING = ("subjects", "slices", "manipulations", "store")
+_GENERATING = ("subjects", "slices", "manipulations", "store")
 _OF_SCANS = ("input", "layout", "mc_samples", "mc_batch")
 _DONE = {
     "mirror": "mirrored",
@@ -57,13 +60,18 @@ _DONE = {
 }
 
 
+def generating_settings(conf: DictConfig) -> list[str]:
+    """The settings ``key=value`` that are set and that generators alone know."""
+    return [f"{key}={conf[key]}" for key in _GENERATING if conf[key] is not None] + lesion_settings(conf)
+
+
 def generate(run: Run, conf: DictConfig) -> Path:
     """Writes a synthetic cohort, or what is missing of one; one line a subject.
 
     Args:
-        run: of a ``mrgen.protocols.Generator``.
-        conf: ``output``, ``subjects``, ``slices``, ``manipulations``, ``store``, ``seed``, ``device`` and ``precision``
-            of ``conf/synthesize.yaml``.
+        run: of a ``mrgen.protocols.Generator``, or of a lesion VAE-GAN's second stage.
+        conf: ``output``, ``subjects``, ``slices``, ``manipulations``, ``store``, ``structure``, ``segmentors``,
+            ``selection``, ``seed``, ``device`` and ``precision`` of ``conf/synthesize.yaml``.
 
     Returns:
         The store.
@@ -81,20 +89,87 @@ def generate(run: Run, conf: DictConfig) -> Path:
         remove_leftovers(output)
         there = {id: table["source"].get("slices") for id, table in read_subjects(output).items()}
         todo = [planned for planned in cohort.plan if there.get(planned.id) != planned.slices]
-        if todo or earlier is None or any(earlier[key] != value for key, value in cohort.table.items()):
+        changed = todo or earlier is None or any(earlier[key] != value for key, value in cohort.table.items())
+        if changed:
             write_generated(output, {**cohort.table, "complete": False})
             write_cohort(output, synthetic_layout(cohort.real.layout), run.model.modalities)
             cohort.make(todo, output)
-            write_generated(output, cohort.table)
         done = [table for id, table in read_subjects(output).items() if id in {planned.id for planned in cohort.plan}]
-    counts = Counter(str(table["source"]["manipulation"]) for table in done)
-    lesions = [f"{counts[kind]} {_DONE[kind]}" for kind in KINDS if counts[kind]]
-    lesions += [f"{counts['None']} as they were"] if counts["None"] else []
+        summary, outcome = cohort.method.outcome([table["source"] for table in done])
+        if changed:
+            write_generated(output, {**cohort.table, **outcome})
     print(
         f"{len(todo)} made, {len(done) - len(todo)} skipped; {len(done)} subjects of {cohort.table['slices']} slices, "
-        f"lesions: {', '.join(lesions)}: {output}"
+        f"{summary}: {output}"
     )
     return output
+
+
+class _Method(Protocol):
+    """What generators differ in.
+
+    Attributes:
+        model: what generates.
+        networks: of which it is made, to be moved to the device.
+        kinds: of ``mrgen.data.lesions.KINDS``, which may be done to a lesion before the model gets it.
+        settings: of its own in ``generated.json``.
+    """
+
+    model: Generator
+    networks: Sequence[nn.Module]
+    kinds: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+    def donors(
+        self, training: Sequence[StoredSubject], sampling: SiteSlices, lookup: np.ndarray
+    ) -> list[StoredSubject]:
+        """Whose brains or lesions the cohort is made from; raises UserError where there are none."""
+        ...
+
+    def patients(self, real: Store) -> set[str]:
+        """Whom it was trained on beside the run's own training subjects."""
+        ...
+
+    def line(self, lesion: Lesion, made: Generated) -> str:
+        """How a subject came about."""
+        ...
+
+    def outcome(self, sources: Sequence[Mapping[str, Any]]) -> tuple[str, Mapping[str, Any]]:
+        """Of all subjects' ``source``: the words for it, and what ``generated.json`` says of it."""
+        ...
+
+
+class _FromLabels:
+    """Generators that are given labels, which may be manipulated: a ``_Method``. Raises UserError as ``generate``."""
+
+    def __init__(self, run: Run, conf: DictConfig):
+        if given := lesion_settings(conf):
+            raise UserError(
+                f"{given[0]}: {run.conf.name} is no lesion VAE-GAN, of whose cohorts this is a setting; leave "
+                f"{given[0].partition('=')[0]} out"
+            )
+        self.model: Generator = run.model
+        self.kinds = _kinds(conf.manipulations)
+        self.networks: Sequence[nn.Module] = [run.model] if isinstance(run.model, nn.Module) else []
+        self.settings: Mapping[str, Any] = {}
+
+    def donors(
+        self, training: Sequence[StoredSubject], sampling: SiteSlices, lookup: np.ndarray
+    ) -> list[StoredSubject]:
+        return list(training)
+
+    def patients(self, real: Store) -> set[str]:
+        return set()
+
+    def line(self, lesion: Lesion, made: Generated) -> str:
+        done = "labels as they were" if lesion.manipulation is None else f"lesion {_DONE[lesion.manipulation]}"
+        return f"{done} from {lesion.subject.id}" if lesion.manipulation == "transplant" else done
+
+    def outcome(self, sources: Sequence[Mapping[str, Any]]) -> tuple[str, Mapping[str, Any]]:
+        counts = Counter(str(source["manipulation"]) for source in sources)
+        lesions = [f"{counts[kind]} {_DONE[kind]}" for kind in KINDS if counts[kind]]
+        lesions += [f"{counts['None']} as they were"] if counts["None"] else []
+        return f"lesions: {', '.join(lesions)}", {}
 
 
 class _Cohort:
@@ -112,24 +187,22 @@ class _Cohort:
                 f"{given[0]}={conf[given[0]]}: {run.conf.name} generates from its own cohort's labels; leave "
                 f"{given[0]} out"
             )
-        state = read_status(run.path).get("state")
-        if state != "finished" and run.path == Path(str(conf.checkpoint)).expanduser().absolute():
-            raise UserError(
-                f"checkpoint={conf.checkpoint}: {run.conf.name} is {state or 'of unknown state'} and not finished; go "
-                f"on with it (mrgen-train resume={conf.checkpoint}), or give the checkpoint's file to generate from it "
-                "as it is"
-            )
+        run.check_finished("checkpoint", conf.checkpoint)
         run.check_scale()
         if (slices := run.slices) is None:
             raise UserError(
                 f"checkpoint={conf.checkpoint}: {run.conf.name} was trained on other samples than whole axial slices "
                 f"({run.conf.data.sampling._target_}); train it with data/sampling=slices"
             )
-        self.seed, self.kinds = checked_seed(conf.seed), _kinds(conf.manipulations)
-        self.model, self.real = run.model, _real_store(run, conf.store)
-        self.training = _training(run, self.real)
-        self.plan = _plan(conf, self.training, slices, self.seed)
+        self.seed = checked_seed(conf.seed)
+        lesions = isinstance(run.model, LesionGenerator)
+        self.method: _Method = LesionMethod(run, conf, slices) if lesions else _FromLabels(run, conf)
+        self.real = _real_store(run, conf.store)
         self.lookup = self.real.layout.label_lookup(run.description["data"]["labels"])
+        labelled = _training(run, self.real)
+        self.training = self.method.donors(labelled, slices, self.lookup)
+        self.plan = _plan(conf, self.training, slices, self.seed)
+        self.top = getattr(run.normalisation, "top", None)
         self.guides = run.guides
         self.scale = {name: run.description["data"]["intensity_scale"][name] for name in run.model.modalities}
         self.device = choose_device(conf.device)
@@ -139,25 +212,29 @@ class _Cohort:
             "method": str(run.conf.name),
             "checkpoint": f"sha256:{run.digest()}",
             "store": self.real.name,
-            "prepared": prepared_digest(self.training),
-            "patients": sorted({self.real.subjects[id].patient for id in run.split.train}.union(mixed)),
+            "prepared": prepared_digest(labelled),
+            "patients": sorted(
+                {self.real.subjects[id].patient for id in run.split.train}.union(mixed, self.method.patients(self.real))
+            ),
             "subjects": len(self.plan),
             "slices": sum(len(planned.kept) for planned in self.plan),
-            "manipulations": [kind for kind in KINDS if kind in self.kinds],
+            "manipulations": list(self.method.kinds),
             "seed": self.seed,
             "precision": self.precision,
+            **self.method.settings,
             "complete": True,
         }
 
     def make(self, todo: list[Planned], output: Path) -> None:
         """Makes subjects one after the other; one thread reads the next and one writes the last meanwhile."""
-        if isinstance(self.model, nn.Module):
-            self.model.to(self.device)
+        for network in self.method.networks:
+            network.to(self.device)
         numbers = own_numbers(self.lookup)
 
         def write(planned: Planned, lesion: Lesion, made: Generated, started: float) -> str:
-            write_synthetic(output, planned, lesion, made, scale=self.scale, numbers=numbers)
-            return _line(planned, lesion, time.perf_counter() - started)
+            write_synthetic(output, planned, lesion, made, scale=self.scale, numbers=numbers, top=self.top)
+            how, count, seconds = self.method.line(lesion, made), len(planned.kept), time.perf_counter() - started
+            return f"{planned.id}: {how}, {count} slice{'s' * (count != 1)} in {seconds:.1f} s"
 
         with ThreadPoolExecutor(2) as pool:
             writing: Future[str] | None = None
@@ -174,7 +251,7 @@ class _Cohort:
                 print(writing.result(), flush=True)
 
     def _read(self, planned: Planned) -> tuple[Lesion, LabelMaps]:
-        lesion = draw_lesion(planned, self.training, self.lookup, kinds=self.kinds, seed=self.seed)
+        lesion = draw_lesion(planned, self.training, self.lookup, kinds=self.method.kinds, seed=self.seed)
         return lesion, maps_of(planned, lesion, self.lookup, self.guides)
 
     def _made(self, planned: Planned, maps: LabelMaps) -> Generated:
@@ -184,7 +261,9 @@ class _Cohort:
         try:
             with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, self.precision == "bf16-mixed"):
                 # One call a subject: it depends on no other.
-                made = next(iter(self.model.generate([there], generator_seed(planned, self.seed))))
+                made = next(iter(self.method.model.generate([there], generator_seed(planned, self.seed))))
+        except UserError as error:
+            raise UserError(f"{planned.id}: {error}") from error
         except torch.OutOfMemoryError as error:
             raise UserError(f"{planned.id}: {self.device} lacks the memory; free some, or use device=cpu") from error
         if not torch.isfinite(made.image).all():
@@ -192,7 +271,7 @@ class _Cohort:
                 f"{planned.id}: the generator made NaN or infinite voxels with precision={self.precision}; "
                 "try precision=32-true, then another checkpoint"
             )
-        return Generated(made.image.float().cpu(), made.label.cpu(), made.brain.cpu())
+        return replace(made, image=made.image.float().cpu(), label=made.label.cpu(), brain=made.brain.cpu())
 
 
 def _kinds(asked: Any) -> tuple[str, ...]:
@@ -270,11 +349,3 @@ def _check_output(output: Path, earlier: Mapping[str, Any] | None, asked: Mappin
             f"output={output}: made for {earlier['subjects']} subjects of {earlier['slices']} slices, asked for "
             f"{asked['subjects']} of {asked['slices']}; ask for as many or more, {advice}"
         )
-
-
-def _line(planned: Planned, lesion: Lesion, seconds: float) -> str:
-    done = "labels as they were" if lesion.manipulation is None else f"lesion {_DONE[lesion.manipulation]}"
-    if lesion.manipulation == "transplant":
-        done += f" from {lesion.subject.id}"
-    count = len(planned.kept)
-    return f"{planned.id}: {done}, {count} slice{'s' * (count != 1)} in {seconds:.1f} s"

@@ -1,6 +1,7 @@
 """``plan=true``: what a run will cost, without training it."""
 
 import time
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -55,13 +56,13 @@ def plan(conf: DictConfig) -> dict[str, Any]:
         crop, steps = plain(conf.data.sampling).get("size") or full, conf.data.steps_per_epoch
         _fill_from_layout(conf)
     precision = choose_precision(conf.trainer.precision, conf.trainer.accelerator)
-    model = instantiate(conf.model)
+    with torch.device("meta"):  # neither memory nor random numbers for the weights
+        model = instantiate(conf.model)
     if isinstance(model, Estimator):
         raise UserError(f"{conf.name} has no network and takes seconds a subject; there is nothing to plan")
     divisor = getattr(model, "divisor", 1)
     crop = tuple(-(-n // divisor) * divisor for n in crop)  # what is not known yet will be a multiple of it
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    model.to("meta")
 
     shape = (conf.data.batch_size, *crop)
     batch = {
@@ -110,11 +111,12 @@ def _fill_from_layout(conf: DictConfig) -> None:
         raise UserError("data.layout is not set; give the cohort's table of patterns: data.layout=my_cohort.yaml")
     layout = Layout.from_conf(conf.data.layout)
     with open_dict(conf.data):
-        conf.data.layout = layout.to_conf()
+        conf.data.layout = layout.numbered(conf.data.labels).to_conf()
         if conf.data.modalities is None:
             conf.data.modalities = list(layout.images)
 
 
+@lru_cache
 def _rate(half: bool) -> float:
     """Operations a second of 3D convolutions, forward and backward, on the device that training would use."""
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -113,6 +113,20 @@ class Run:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
+    def check_finished(self, key: str, asked: Any) -> None:
+        """Raises UserError for the folder of a run that has not ended; its checkpoint's file is taken as it is.
+
+        Args:
+            key: the setting that named the run.
+            asked: its value.
+        """
+        state = read_status(self.path).get("state")
+        if state != "finished" and self.path == Path(str(asked)).expanduser().absolute():
+            raise UserError(
+                f"{key}={asked}: {self.conf.name} is {state or 'of unknown state'} and not finished; go on with it "
+                f"(mrgen-train resume={asked}), or give the checkpoint's file to generate from it as it is"
+            )
+
     def check_scale(self) -> None:
         """Raises UserError where a synthesis is on another scale than the run's data.
 

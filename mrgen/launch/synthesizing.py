@@ -12,10 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from mrgen.data.cohorts import Layout, Problem, SubjectFiles, find_subjects, read_layouts, recognise_layouts
 from mrgen.data.synthetic_files import SyntheticFiles
 from mrgen.errors import UserError
-from mrgen.launch.generating import GENERATING, generate
+from mrgen.launch.generating import generate, generating_settings
 from mrgen.launch.paths import CONF_DIR
 from mrgen.launch.runs import load_run
 from mrgen.launch.trained import Made, Scans, TrainedMethod
+from mrgen.papers.lesion_vaegan.cohort import LesionGenerator
 from mrgen.protocols import Generator, Synthesizer
 
 __all__ = ["synthesize"]
@@ -47,8 +48,8 @@ def synthesize(conf: DictConfig) -> int:
     """
     _check_set(conf, "checkpoint", "runs/rsnet-t2/RUN")
     run = load_run(conf.checkpoint)
-    generates = isinstance(run.model, Generator)
-    if not (isinstance(run.model, Generator | Synthesizer) or getattr(run.model, "writes_segmentation", False)):
+    generates = isinstance(run.model, Generator | LesionGenerator)
+    if not (generates or isinstance(run.model, Synthesizer) or getattr(run.model, "writes_segmentation", False)):
         raise UserError(
             f"checkpoint={conf.checkpoint} is a {type(run.model).__name__}, which synthesises nothing; give a run of a "
             "synthesizer such as RS-Net, or of a generator such as SAMR"
@@ -62,10 +63,10 @@ def synthesize(conf: DictConfig) -> int:
     if generates:
         generate(run, conf)
         return 0
-    if given := [key for key in GENERATING if conf[key] is not None]:
+    if given := generating_settings(conf):
         raise UserError(
-            f"{given[0]}={conf[given[0]]}: {run.conf.name} makes files of the scans in input and generates no cohort; "
-            f"leave {given[0]} out"
+            f"{given[0]}: {run.conf.name} makes files of the scans in input and generates no cohort; leave "
+            f"{given[0].partition('=')[0]} out"
         )
     root = Path(str(conf.input)).expanduser()
     if not root.is_dir():

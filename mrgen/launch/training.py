@@ -46,12 +46,7 @@ def fill_from_store(conf: DictConfig) -> None:
         )
     store = Store(Path(conf.data.store))
     with open_dict(conf.data):
-        conf.data.layout = store.layout.to_conf()
-        if conf.data.labels != "regions":  # the layout numbers its evaluation regions after that map alone
-            raise UserError(
-                f"data.labels={conf.data.labels}: {store.layout.title}'s regions are numbered for data.labels=regions, "
-                "and any other Dice would be wrong; set data.labels=regions"
-            )
+        conf.data.layout = store.layout.numbered(conf.data.labels).to_conf()
         if conf.data.modalities is None:
             conf.data.modalities = list(store.modalities)
 
@@ -204,7 +199,8 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
         kept["sampling"] = {**plain(conf.data.sampling), "size": saved[KEY]["data"]["box"][:axes]}
     model = instantiate(conf.model)
     guides = getattr(model, "guides", ())
-    datamodule = build_datamodule(conf.data, guides=list(guides), **kept)
+    unpaired = getattr(model, "unpaired", False)
+    datamodule = build_datamodule(conf.data, guides=list(guides), unpaired=unpaired, **kept)
     if getattr(model, "scale", datamodule.normalisation.scale) != datamodule.normalisation.scale:
         raise UserError(
             f"{type(model).__name__} works on the scale {model.scale!r} and data.normalisation gives "
@@ -231,8 +227,8 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
     description = _describe(conf, datamodule)
     if saved and saved[KEY]["data"].get("mix") != description["data"]["mix"]:  # other slices would be drawn
         raise UserError(
-            f"{run_dir}: data.mix.store={conf.data.mix.store} is not the cohort any more that this run was trained on; "
-            "restore it, or train anew"
+            f"{run_dir}: data.mix is another, or its store={conf.data.mix.store} is "
+            "not the cohort any more that this run was trained on; restore it, or train anew"
         )
     if saved:  # the atlas of the subjects that it was trained on
         datamodule.guides = load_guides(guides, run_dir)

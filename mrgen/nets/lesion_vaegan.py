@@ -2,11 +2,11 @@
 
 All convolutions keep the size but for their stride. An affine instance norm follows each, the last one before a
 decoder's sigmoid included but not that of a discriminator, and then the authors' activation: a leaky ReLU clipped to
-[0, 100], which is a ReLU with a cap. ``width`` is the channels of the first layer, 64 in the code. Upsampling is
-nearest.
+[0, 100], which is a ReLU with a cap. FD_f alone has no norms. ``width`` is the channels of the first layer, 64 in the
+code. Upsampling is nearest.
 
-First weights are normal ones of standard deviation 0.02. The authors' encoders and decoders begin as blurs, all filters
-of a layer alike but for 1e-6 of noise: ``blur_init`` does that.
+First weights are He's normal ones, ours. The authors' encoders and decoders begin as blurs, all filters of a layer
+alike but for 1e-6 of noise: ``blur_init`` does that.
 """
 
 import math
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 Scheme = Literal["single", "shared_encoder", "multiple"]
-HALVINGS = 5  # of the structure encoder
+STAGES = 5  # of the structure encoder
 
 
 def _conv(in_channels: int, out_channels: int, *, kernel: int = 3, stride: int = 1) -> nn.Sequential:
@@ -44,17 +44,22 @@ def _conv(in_channels: int, out_channels: int, *, kernel: int = 3, stride: int =
 
 
 def _out(in_channels: int, out_channels: int) -> nn.Sequential:
-    """A decoder's end: (B, in, X, Y) -> (B, out, X, Y) in (0, 1)."""
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
-        nn.InstanceNorm2d(out_channels, affine=True),
-        nn.Sigmoid(),
-    )
+    """A decoder's end: (B, in, X, Y) -> (B, out, X, Y) in (0, 1).
+
+    An optimiser moves the shift of the norm by about a learning rate a step, far from where most pixels are. So it
+    starts there, at 0 in images and in the rarer classes, and at 1 in the first of several.
+    """
+    norm = nn.InstanceNorm2d(out_channels, affine=True)
+    nn.init.constant_(norm.weight, 2)
+    nn.init.constant_(norm.bias, -2)
+    if out_channels > 1:
+        nn.init.constant_(norm.bias[:1], 2)
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False), norm, nn.Sigmoid())
 
 
-def _normal_init(module: nn.Module) -> None:
+def _first_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d | nn.Linear):
-        nn.init.normal_(module.weight, 0, 0.02)
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
@@ -85,7 +90,7 @@ class ImageEncoder(nn.Sequential):
             _conv(4 * width, 8 * width, stride=2),  # (B, 8w, X/4, Y/4)
             _conv(8 * width, 8 * width),
         )
-        self.apply(_normal_init)
+        self.apply(_first_weights)
 
 
 class ImageDecoder(nn.Sequential):
@@ -95,12 +100,15 @@ class ImageDecoder(nn.Sequential):
         in_channels: 8 · width of a code, and those of what is stacked with it.
         out_channels: 1 of an image, the classes of a lesion, 2 of a mask.
         width: of the encoder.
+        first_norm: False leaves out the norm after the first convolution, which takes away all that a map of one value,
+            stacked with the code, adds to it, but for what zero padding makes of it at the borders.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, width: int = 64):
+    def __init__(self, in_channels: int, out_channels: int, width: int = 64, first_norm: bool = True):
         double = nn.Upsample(scale_factor=2)
+        first = _conv(in_channels, 8 * width)
         super().__init__(
-            _conv(in_channels, 8 * width),  # (B, 8w, X/4, Y/4)
+            first if first_norm else nn.Sequential(first[0], first[2]),  # (B, 8w, X/4, Y/4)
             double,
             _conv(8 * width, 4 * width),  # (B, 4w, X/2, Y/2)
             _conv(4 * width, 4 * width),
@@ -112,15 +120,15 @@ class ImageDecoder(nn.Sequential):
             _conv(2 * width, width),
             _out(width, out_channels),
         )
-        self.apply(_normal_init)
+        self.apply(_first_weights)
 
 
-def _sizes(size: Sequence[int]) -> list[tuple[int, int]]:
-    """What each strided convolution leaves of a slice: 184 × 144, 92 × 72, 46 × 36, 23 × 18, 12 × 9, 6 × 5."""
+def _sizes(size: Sequence[int], halvings: int) -> list[tuple[int, int]]:
+    """What each stage leaves of a slice: 184 × 144, 92 × 72, 46 × 36, 23 × 18, 12 × 9, 6 × 5, or fewer halvings."""
     sizes = [(int(size[0]), int(size[1]))]
-    for _ in range(HALVINGS):
+    for stage in range(STAGES):
         x, y = sizes[-1]
-        sizes.append(((x + 1) // 2, (y + 1) // 2))
+        sizes.append(((x + 1) // 2, (y + 1) // 2) if stage < halvings else (x, y))
     return sizes
 
 
@@ -132,28 +140,41 @@ class StructureEncoder(nn.Module):
         width: channels of the first layer.
         latent: numbers of a code, 4096 in the authors' code.
         dropout: of the input's pixels.
+        deviation: the standard deviation of codes before any training.
+        halvings: how many of the five stages halve the map; 5 in the authors' code, for their slices. Small slices need
+            fewer: of 2 × 2 pixels an instance norm leaves next to nothing of a code, and the decoder learns one map.
     """
 
-    def __init__(self, size: Sequence[int], width: int = 64, latent: int = 4096, dropout: float = 0.0):
+    def __init__(
+        self,
+        size: Sequence[int],
+        width: int = 64,
+        latent: int = 4096,
+        dropout: float = 0.0,
+        deviation: float = 1.0,
+        halvings: int = STAGES,
+    ):
         super().__init__()
-        x, y = _sizes(size)[-1]
+        x, y = _sizes(size, halvings)[-1]
+        strides = [2 if stage < halvings else 1 for stage in range(STAGES)]
         self.convolutions = nn.Sequential(
             nn.Dropout(dropout),
             _conv(1, width),
-            _conv(width, 2 * width, stride=2),  # (B, 2w, X/2, Y/2)
+            _conv(width, 2 * width, stride=strides[0]),  # (B, 2w, X/2, Y/2)
             _conv(2 * width, 2 * width),
-            _conv(2 * width, 4 * width, stride=2),  # (B, 4w, X/4, Y/4)
+            _conv(2 * width, 4 * width, stride=strides[1]),  # (B, 4w, X/4, Y/4)
             _conv(4 * width, 4 * width),
             _conv(4 * width, 4 * width),
-            _conv(4 * width, 6 * width, stride=2),  # (B, 6w, X/8, Y/8)
+            _conv(4 * width, 6 * width, stride=strides[2]),  # (B, 6w, X/8, Y/8)
             _conv(6 * width, 6 * width),
-            _conv(6 * width, 8 * width, stride=2),  # (B, 8w, X/16, Y/16)
+            _conv(6 * width, 8 * width, stride=strides[3]),  # (B, 8w, X/16, Y/16)
             _conv(8 * width, 8 * width),
-            _conv(8 * width, 12 * width, stride=2),  # (B, 12w, X/32, Y/32)
+            _conv(8 * width, 12 * width, stride=strides[4]),  # (B, 12w, X/32, Y/32)
         )
         self.mean = nn.Linear(12 * width * x * y, latent)
         self.log_variance = nn.Linear(12 * width * x * y, latent)
-        self.apply(_normal_init)
+        self.apply(_first_weights)
+        nn.init.constant_(self.log_variance.bias, 2 * math.log(deviation))
 
     def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         features = self.convolutions(maps).flatten(1)
@@ -163,9 +184,9 @@ class StructureEncoder(nn.Module):
 class StructureDecoder(nn.Module):
     """DC_f: codes (B, latent) to scores (B, 2, X, Y) in (0, 1) of no edge and edge. Arguments as of the encoder."""
 
-    def __init__(self, size: Sequence[int], width: int = 64, latent: int = 4096):
+    def __init__(self, size: Sequence[int], width: int = 64, latent: int = 4096, halvings: int = STAGES):
         super().__init__()
-        sizes = _sizes(size)
+        sizes = _sizes(size, halvings)
         self.coarse = (12 * width, *sizes[-1])
         pixels = math.prod(sizes[-1])
         self.dense = nn.Sequential(
@@ -194,7 +215,7 @@ class StructureDecoder(nn.Module):
             _conv(2 * width, width),
             _out(width, 2),
         )
-        self.apply(_normal_init)
+        self.apply(_first_weights)
 
     def forward(self, code: Tensor) -> Tensor:
         return self.convolutions(self.dense(code).unflatten(1, self.coarse))
@@ -203,11 +224,15 @@ class StructureDecoder(nn.Module):
 # ----- discriminators of patches, for least squares -------------------------------------------------------------------
 
 
-def _patches(in_channels: int, *layers: tuple[int, int, int]) -> list[nn.Module]:
+def _patches(in_channels: int, *layers: tuple[int, int, int], norm: bool = True) -> list[nn.Module]:
     """Layers of (kernel, channels, stride), and a convolution to one channel without norm and activation."""
     parts: list[nn.Module] = []
     for kernel, channels, stride in layers:
-        parts.append(_conv(in_channels, channels, kernel=kernel, stride=stride))
+        if norm:
+            parts.append(_conv(in_channels, channels, kernel=kernel, stride=stride))
+        else:
+            convolution = nn.Conv2d(in_channels, channels, kernel, stride=stride, padding=kernel // 2)
+            parts.append(nn.Sequential(convolution, nn.Hardtanh(0, 100)))
         in_channels = channels
     return [*parts, nn.Conv2d(in_channels, 1, 3, padding=1)]
 
@@ -218,16 +243,20 @@ class StructureDiscriminator(nn.Sequential):
     def __init__(self, width: int = 64):
         w = width
         super().__init__(*_patches(1, (5, 2 * w, 2), (3, 4 * w, 2), (3, 8 * w, 2), (3, 8 * w, 2), (3, 4 * w, 1)))
-        self.apply(_normal_init)
+        self.apply(_first_weights)
 
 
 class LatentDiscriminator(nn.Sequential):
-    """FD_f: codes as square images (B, 1, s, s) to patches (B, 1, s/2, s/2), 1 for those of the normal distribution."""
+    """FD_f: codes as square images (B, 1, s, s) to patches (B, 1, s/2, s/2), 1 for those of the normal distribution.
+
+    Without norms: behind one it could not see how large the numbers of a code are, of which it is to judge.
+    """
 
     def __init__(self, width: int = 64):
         w = width
-        super().__init__(*_patches(1, (7, 2 * w, 1), (7, 2 * w, 1), (5, 2 * w, 1), (5, 4 * w, 2), (3, 4 * w, 1)))
-        self.apply(_normal_init)
+        layers = (7, 2 * w, 1), (7, 2 * w, 1), (5, 2 * w, 1), (5, 4 * w, 2), (3, 4 * w, 1)
+        super().__init__(*_patches(1, *layers, norm=False))
+        self.apply(_first_weights)
 
 
 class ImageDiscriminator(nn.Module):
@@ -239,7 +268,7 @@ class ImageDiscriminator(nn.Module):
         self.trunk = nn.Sequential(*_patches(1, (5, w, 2), (5, w, 2), (3, 2 * w, 2), (3, 2 * w, 2))[:-1])
         self.real = nn.Sequential(*_patches(2 * w, (3, w, 1)))
         self.category = nn.Sequential(*_patches(2 * w, (3, w, 1)))
-        self.apply(_normal_init)
+        self.apply(_first_weights)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.trunk(images)
@@ -251,7 +280,7 @@ class CodeDiscriminator(nn.Sequential):
 
     def __init__(self, in_channels: int, width: int = 64):
         super().__init__(*_patches(in_channels, (7, width, 2), (5, width, 2), (3, width, 1), (3, width, 1)))
-        self.apply(_normal_init)
+        self.apply(_first_weights)
 
 
 # ----- lesions --------------------------------------------------------------------------------------------------------

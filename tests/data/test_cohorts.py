@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,37 @@ def test_other_pathology_of_wmh_is_ignored():
 def test_unknown_label_map_is_refused_with_the_valid_names():
     with pytest.raises(UserError, match=r"no labels 'whole'; valid names are regions, native"):
         SHIPPED["brats2019"].label_lookup("whole")
+
+
+def test_regions_are_numbered_for_the_label_map_that_is_chosen():
+    """Of BraTS 2015's own numbers: 1 necrosis, 2 edema, 3 non-enhancing core, 4 enhancing."""
+    native = SHIPPED["brats2015"].numbered("native")
+    assert native.regions == {"ET": [4], "WT": [1, 2, 3, 4], "TC": [1, 3, 4]}
+    assert SHIPPED["brats2019"].numbered("native").regions == {"ET": [4], "WT": [1, 2, 4], "TC": [1, 4]}
+    assert SHIPPED["wmh2017"].numbered("native").regions == {"WMH": [1]}  # other pathology is of no region
+    assert SHIPPED["brats2015"].numbered("regions") is SHIPPED["brats2015"]
+    again = Layout.from_conf(native.to_conf())  # as a run's config keeps it
+    assert again == native
+    assert again.numbered("native") == native
+    assert again.numbered("regions") == SHIPPED["brats2015"]
+
+
+def test_a_label_map_that_tells_no_regions_apart_is_refused():
+    layout = SHIPPED["brats2015"]
+    maps = {**layout.label_maps, "whole": {1: 1, 2: 1, 3: 1, 4: 1}, "solid": {1: 255, 2: 1, 3: 2, 4: 255}}
+    classes = {**layout.classes, "whole": ["background", "tumour"], "solid": ["background", "edema", "core"]}
+    layout = replace(layout, label_maps=maps, classes=classes)
+    with pytest.raises(UserError, match=r"labels=whole: .* does not tell its region ET \(enhancing\) from the rest"):
+        layout.numbered("whole")
+    with pytest.raises(UserError, match=r"region ET .* set data\.labels=regions"):
+        layout.numbered("solid")
+    assert replace(layout, regions={"WT": [1, 2, 3]}).numbered("whole").regions == {"WT": [1]}
+    with pytest.raises(UserError, match=r"no labels 'lobes'; valid names are regions, native, whole, solid"):
+        layout.numbered("lobes")
+    with pytest.raises(UserError, match=r"data\.labels=whole: BraTS 2015 names classes for regions alone"):
+        replace(layout, classes={"regions": classes["regions"]}).numbered("whole")
+    with pytest.raises(UserError, match="numbered_for is lobes, expected one of label_maps: regions, native"):
+        Layout.from_conf({**SHIPPED["brats2015"].to_conf(), "numbered_for": "lobes"})
 
 
 def test_brats2015_with_visits_both_nestings_and_one_name_in_both_grades(tmp_path):

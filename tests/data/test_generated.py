@@ -1,6 +1,7 @@
 """Synthetic cohorts: whose brain and whose lesion, and that a store gives back what the generator made."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from mrgen.data.generated import (
 from mrgen.data.guides import label_maps
 from mrgen.data.layouts import read_layouts
 from mrgen.data.lesions import KINDS
-from mrgen.data.normalisation import Symmetric, stored_statistics
+from mrgen.data.normalisation import MinMax, Symmetric, stored_statistics
 from mrgen.data.slices import SiteSlices
 from mrgen.data.store import Store, write_cohort, write_subject
 from mrgen.errors import UserError
@@ -227,6 +228,30 @@ def test_a_subject_is_filed_under_the_patient_whose_lesion_it_has(tmp_path, real
         "manipulation": "transplant",
         "slices": [2, 5, 8, 11, 14, 17],
     }
+
+
+def test_what_a_generator_tells_of_its_slices_is_kept_with_them(tmp_path, real, lookup, made):
+    """Structure maps lie beside the image, records go with the slices, and 1 is where MinMax has it."""
+    _, lesion, synthetic = made
+    edges = torch.rand(6, 24, 16, generator=torch.Generator().manual_seed(1)) > 0.8
+    told = [{"dice": k / 10} for k in range(6)]
+    unit = replace(synthetic, image=synthetic.image.abs(), structure=edges, records=told, filters={"kept": 6})
+    scale, kept = {"t1": [0.0, 712.5], "flair": [0.0, 321.3]}, [0, 2, 5]
+    write_cohort(tmp_path, synthetic_layout(real.layout), list(scale))
+    place = planned(real, "P_1", kept=tuple(kept))
+    subject = write_synthetic(tmp_path, place, lesion, unit, scale=scale, numbers=own_numbers(lookup), top="max")
+    np.testing.assert_array_equal(subject.read_structure(), edges[kept].permute(1, 2, 0))
+    np.testing.assert_array_equal(
+        subject.read_structure(((2, 9), (0, 5), (1, 2))), edges[2:3, 2:9, :5].permute(1, 2, 0)
+    )
+    assert subject.statistics["t1"]["max"] == 712.5
+    brain = torch.from_numpy(subject.read_brain())
+    read = MinMax()(torch.from_numpy(subject.read_image()), brain, stored_statistics(MinMax(), subject, scale))
+    torch.testing.assert_close(read, unit.image[kept].permute(1, 2, 3, 0) * brain, rtol=0, atol=1e-6)
+    source = json.loads((subject.path / "subject.json").read_text())["source"]
+    assert (source["records"], source["filters"]) == ([told[k] for k in kept], {"kept": 6})
+    with pytest.raises(UserError, match="P_1 has no structure maps"):
+        real.subjects["P_1"].read_structure()
 
 
 # ----- generated.json ------------------------------------------------------------------------------------------------

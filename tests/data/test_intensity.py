@@ -2,7 +2,7 @@ import pytest
 import torch
 import torchio as tio
 
-from mrgen.data.intensity import IntensityShift
+from mrgen.data.intensity import IntensityShift, UniformNoise
 
 
 def subject(channels=4):
@@ -64,3 +64,18 @@ def test_torchs_generator_alone_decides():
     assert torch.equal(made[0], made[1])
     assert not torch.equal(made[0], made[2])
     assert torch.equal(IntensityShift(shift_std=0, scale_std=0)(subject())["image"].data, subject()["image"].data)
+
+
+def test_uniform_noise_is_uniform_in_every_voxel_and_leaves_labels():
+    given = tio.Subject(
+        image=tio.ScalarImage(tensor=torch.full((2, 20, 20, 20), 0.5)),
+        label=tio.LabelMap(tensor=torch.ones(1, 20, 20, 20, dtype=torch.int16)),
+    )
+    torch.manual_seed(0)
+    made = UniformNoise(bound=0.03)(given)
+    noise = made["image"].data - 0.5
+    assert 0.0299 < float(noise.abs().max()) <= 0.03 + 1e-6
+    assert float(noise.mean()) == pytest.approx(0, abs=1e-3)
+    assert float(noise.std()) == pytest.approx(0.06 / 12**0.5, rel=0.02)
+    assert not torch.equal(noise[0], noise[1])
+    assert torch.equal(made["label"].data, given["label"].data)

@@ -1,9 +1,11 @@
 """All real slices and some synthetic ones: how many, which, how long, and nobody who is held out."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from mrgen.data.datamodule import CohortDataModule
 from mrgen.data.normalisation import Symmetric
@@ -76,8 +78,11 @@ def test_a_fraction_is_of_the_real_slices_and_none_is_shown_twice(phantom_store,
         "method": "samr",
         "fraction": fraction,
         "equal_steps": False,
+        "real": 1.0,
         "real_slices": real,
+        "enhanced_slices": 0,
         "synthetic_slices": 30,
+        "order": "random",
         "patients": sorted(data.mix.made_from),
         "made": {"checkpoint": "sha256:0", "seed": 0, "slices": 80},
     }
@@ -170,3 +175,181 @@ def test_mistakes_are_found_before_training(phantom_store, synthetic, tmp_path):
             sampling=slices(),
             mix={"store": synthetic},
         )
+
+
+# ----- amounts and orders, as Qu et al. vary them --------------------------------------------------------------------
+
+
+class Halve:
+    """Stands for a transform: halves the distance to the background and adds a random number of its seed."""
+
+    def __call__(self, subject):
+        subject["image"].set_data((subject["image"].data - 1) / 2 + 0.001 * torch.rand(1))
+        subject["label"].set_data(subject["label"].data.flip(1))
+        return subject
+
+
+def attach(data, rank, world_size, *, epochs):
+    """As Lightning does, on one of several devices."""
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, strategy=strategy, max_epochs=epochs)
+    return data
+
+
+def samples(data):
+    dataset = data.train_dataloader().dataset
+    return [dataset[0, 0, which] for which in range(len(dataset))]
+
+
+def images(some):
+    return {sample["image"].numpy().tobytes() for sample in some}
+
+
+def test_some_real_slices_are_some_of_more(phantom_store):
+    everything = module(phantom_store, None)
+    real = everything.real_slices()
+    few, more, other = (
+        samples(module(phantom_store, {"real": share}, seed=seed)) for share, seed in ((0.1, 0), (0.2, 0), (0.1, 1))
+    )
+    assert (len(few), len(more)) == (round(0.1 * real), round(0.2 * real))
+    assert images(few) < images(more) < images(samples(everything))
+    assert images(other) != images(few)
+    assert len({sample["subject"] for sample in more}) > 2  # slices are drawn, not subjects
+
+
+def test_real_slices_may_be_left_out_altogether(phantom_store, synthetic):
+    real = module(phantom_store, None).real_slices()
+    mix = {"store": synthetic, "fraction": 40 / real, "real": 0, "equal_steps": True}
+    data = module(phantom_store, mix)
+    numbers, count = shown(data)
+    assert (len(numbers), count) == (40, 0)
+    assert data.train_steps() == module(phantom_store, None).train_steps()
+    assert sum(data.class_counts()) > 0  # of the training set, whatever of it is shown
+    assert data.mix.describe(real)["real_slices"] == 0
+
+
+def test_every_mix_is_trained_as_long_as_all_real_slices(phantom_store, synthetic):
+    """Of equal steps; else an epoch shows every slice of the mix once."""
+    real = module(phantom_store, None).real_slices()
+    mix = {"store": synthetic, "fraction": 60 / real, "real": 0.5, "enhanced": 1.5, "enhancement": [Halve()]}
+    total = round(0.5 * real) + round(1.5 * real) + 60
+    assert module(phantom_store, mix).train_steps() == -(-total // 4)
+    assert module(phantom_store, {**mix, "equal_steps": True}).train_steps() == -(-real // 4)
+
+
+def test_enhanced_slices_are_a_fixed_set_in_which_every_real_one_comes_up_before_any_comes_twice(phantom_store):
+    changed = {"enhancement": [Halve()]}
+    data = module(phantom_store, {"enhanced": 1.5, **changed})
+    real = data.real_slices()
+    seen = samples(data)
+    assert len(seen) == real + round(1.5 * real)
+    originals = {(s["subject"], s["brain"].numpy().tobytes()): s for s in seen[:real]}
+    enhanced = seen[real:]
+    shifts = []
+    for sample in enhanced:
+        of = originals[sample["subject"], sample["brain"].numpy().tobytes()]
+        difference = (sample["image"] - (of["image"] - 1) / 2)[:, sample["brain"]]
+        assert difference.std() < 1e-6
+        shifts.append(round(float(difference.mean()), 7))
+        assert (sample["image"][:, ~sample["brain"]] == -1).all()
+        assert torch.equal(sample["label"], of["label"].flip(0))
+    assert len(set(shifts)) > 0.9 * len(shifts)  # each by a seed of its own
+    first = [(s["subject"], s["brain"].numpy().tobytes()) for s in enhanced[:real]]
+    assert len(set(first)) == len(originals) > 0.9 * real
+    dataset = data.train_dataloader().dataset
+    assert torch.equal(dataset[7, 3, real]["image"], dataset[0, 0, real]["image"])  # in every epoch the same
+    fewer = samples(module(phantom_store, {"enhanced": 0.5, **changed}))[real:]
+    assert images(fewer) < images(enhanced)
+
+
+def test_amounts_are_described(phantom_store):
+    data = module(phantom_store, {"enhanced": 0.5, "enhancement": [Halve()], "real": 0.5})
+    real = data.real_slices()
+    assert data.mix.describe(real) == {
+        "method": None,
+        "fraction": 0.0,
+        "equal_steps": False,
+        "real": 0.5,
+        "real_slices": round(0.5 * real),
+        "enhanced_slices": round(0.5 * real),
+        "synthetic_slices": 0,
+        "order": "random",
+        "patients": [],
+        "made": None,
+    }
+
+
+@pytest.mark.parametrize("order", ["synthetic_first", "real_first"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_one_kind_comes_before_the_other_in_the_whole_training(phantom_store, synthetic, order, world_size):
+    """The first S / (R + S) of all samples are synthetic, in endless shuffled passes; on all devices, and resumed."""
+    real, epochs = module(phantom_store, None).real_slices(), 3
+    mix = {"store": synthetic, "fraction": 30 / real, "real": 0.1, "equal_steps": True, "order": order}
+    kept = round(0.1 * real)
+
+    def epoch(number):
+        loaders = []
+        for rank in range(world_size):
+            data = attach(module(phantom_store, mix), rank, world_size, epochs=epochs)
+            loaders.append(data.train_dataloader().sampler)
+            loaders[-1].set_epoch(number)
+        return [which for step in zip(*loaders, strict=True) for _, _, which in step]
+
+    shown = [which for number in range(epochs) for which in epoch(number)]
+    assert len(shown) == epochs * -(-real // (4 * world_size)) * 4 * world_size
+    synthetic_ones = [which >= kept for which in shown]
+    count = round(len(shown) * 30 / (kept + 30))
+    first = order == "synthetic_first"
+    border = count if first else len(shown) - count
+    assert synthetic_ones == [first] * border + [not first] * (len(shown) - border)
+    parts = [[which for which in shown if (which >= kept) == kind] for kind in (False, True)]
+    for part, size in zip(parts, (kept, 30), strict=True):
+        for start in range(0, len(part), size):
+            assert len(set(part[start : start + size])) == len(part[start : start + size])
+    assert epoch(2) == shown[-len(shown) // 3 :]
+
+
+def test_enhanced_slices_are_of_the_real_kind(phantom_store, synthetic):
+    real = module(phantom_store, None).real_slices()
+    mix = {"store": synthetic, "fraction": 30 / real, "enhanced": 0.5, "enhancement": [Halve()]}
+    made = module(phantom_store, {**mix, "order": "synthetic_first"}).mix
+    kept = real + round(0.5 * real)
+    assert [turn.subjects for turn in made.turns(real, 1000)] == [range(kept, kept + 30), range(kept)]
+    assert sum(turn.samples for turn in made.turns(real, 1000)) == 1000
+
+
+@pytest.mark.parametrize(
+    ("mix", "message"),
+    [
+        ({"real": 0}, r"data\.mix\.real is 0 and data\.mix\.store null, which leaves no slice"),
+        ({"real": 1.1}, r"data\.mix\.real is 1\.1; expected a number, 0 to 1"),
+        ({"real": "half"}, r"data\.mix\.real is 'half'; expected a number, 0 to 1"),
+        ({"enhanced": -1}, r"data\.mix\.enhanced is -1; expected a number, 0 or more"),
+        ({"enhanced": 1}, r"data\.mix\.enhanced is 1, which needs data\.mix\.enhancement"),
+        ({"order": "synthetic_first"}, r"order is synthetic_first, and there are no synthetic slices; .*\.mix\.store"),
+        ({"order": "backwards"}, r"order is 'backwards'; expected one of random, synthetic_first, real_first"),
+    ],
+)
+def test_amounts_that_are_none_are_refused(phantom_store, mix, message):
+    with pytest.raises(UserError, match=message):
+        module(phantom_store, mix)
+
+
+def test_orders_and_enhancement_need_real_slices(phantom_store, synthetic):
+    with pytest.raises(UserError, match=r"order is real_first, and there are no real slices; .* set data\.mix\.real"):
+        module(phantom_store, {"store": synthetic, "real": 0, "order": "real_first"})
+    with pytest.raises(UserError, match=r"enhanced is 1, which needs real slices, data\.mix\.real"):
+        module(phantom_store, {"store": synthetic, "real": 0, "enhanced": 1, "enhancement": [Halve()]})
+
+
+def test_an_order_needs_an_end(phantom_store, synthetic):
+    real = module(phantom_store, None).real_slices()
+    mix = {"store": synthetic, "fraction": 30 / real, "order": "real_first"}
+    data = attach(module(phantom_store, mix), 0, 1, epochs=-1)
+    with pytest.raises(UserError, match=r"trainer\.max_epochs is -1; data\.mix\.order=real_first divides the whole"):
+        data.train_dataloader()
+
+
+def test_unpaired_slices_are_real(phantom_store, synthetic):
+    with pytest.raises(UserError, match=r"data\.mix is for segmenters"):
+        module(phantom_store, {"store": synthetic}, unpaired=True)

@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from mrgen.data.sampler import EvaluationSampler, TrainingSampler
+from mrgen.data.sampler import EvaluationSampler, TrainingSampler, Turn
 
 
 def sampler(rank=0, world_size=1, *, subjects=7, samples=4, seed=0, epoch=0):
@@ -75,6 +75,19 @@ def test_length_is_the_same_on_every_rank(world_size):
     for rank in range(world_size):
         made = sampler(rank, world_size, samples=5)
         assert len(made) == len(list(made)) == 5
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_turns_follow_each_other_over_the_borders_of_epochs(world_size):
+    """Two of five subjects have the first nine samples of a training, the others the rest, however long it goes on."""
+    turns = [Turn(range(3, 5), 9), Turn(range(3), 0)]
+    order = [which for *_, which in common_order(world_size, 5, subjects=turns, samples=6 // world_size)]
+    first, rest = order[:9], order[9:]
+    assert (len(order), set(first), set(rest)) == (30, {3, 4}, {0, 1, 2})
+    for part, size in ((first, 2), (rest, 3)):
+        assert all(len(set(part[i : i + size])) == len(part[i : i + size]) for i in range(0, len(part), size))
+    alone = [which for *_, which in common_order(1, 5, subjects=turns, samples=6)]
+    assert order == alone
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])

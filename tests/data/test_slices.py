@@ -9,6 +9,7 @@ from mrgen.data.store import Store, write_cohort, write_subject
 from mrgen.errors import UserError
 from mrgen.launch.instantiate import instantiate_mrgen
 from mrgen.launch.paths import CONF_DIR
+from tests.launch.tools import composed
 
 
 def brain(x, y, z, size):
@@ -189,6 +190,10 @@ def test_a_size_is_two_numbers_that_the_network_takes(size):
         ({"dropped": {"GE3T": 0.6}}, r"shares of dropped are \[0\.6, 0\.0, 0\.0\]; expected 0 to 0\.5"),
         ({"dropped_elsewhere": -0.1}, r"shares of dropped are \[-0\.1, 0\.0\]; expected 0 to 0\.5"),
         ({"zeroed": 1}, r"shares of dropped are \[0\.0, 1\]; expected 0 to 0\.5"),
+        ({"front_elsewhere": 1.5}, r"shares of front are \[1\.5\]; expected 0 to 1"),
+        ({"dropped_elsewhere": [0.6, 0.4]}, r"dropped_elsewhere is \[0\.6, 0\.4\]; .* together below 1"),
+        ({"dropped_elsewhere": [0.1, -0.1]}, r"dropped_elsewhere is \[0\.1, -0\.1\]; .* from 0 on"),
+        ({"zeroed": [0.1, 0.1, 0.1]}, r"zeroed is \[0\.1, 0\.1, 0\.1\]; expected one share, or two"),
     ],
 )
 def test_shares_are_shares(wrong, message):
@@ -202,3 +207,40 @@ def test_training_may_show_every_so_many_slices():
     assert cut.tested((80, 80, 52)) == range(52)
     with pytest.raises(UserError, match=r"data\.sampling\.step is 0"):
         SiteSlices(step=0)
+
+
+# ----- BraTS 2015, as Qu et al. ---------------------------------------------------------------------------------------
+
+
+def axial50(name):
+    return instantiate_mrgen(composed("train", f"data/sampling={name}").data.sampling)
+
+
+@pytest.mark.parametrize("name", ["axial50", "axial50_cropped"])
+def test_fifty_slices_of_155_are_trained_on_and_tested(name):
+    cut = axial50(name)
+    for slices in (cut.training((240, 240, 155), "tcia"), cut.tested((240, 240, 155))):
+        assert slices == range(55, 105)
+    assert cut.training((160, 160, 103), None) == range(37, 70)  # the phantom's, at 1.5 mm
+
+
+def test_slices_are_whole_or_cut_as_the_authors_cut_the_stored_array():
+    """Of the array as the challenge stores it, L, P, S: rows run from front to back, columns from right to left."""
+    assert axial50("axial50").box((240, 240, 155), "tcia") == ((0, 240), (0, 240), (0, 155))
+    stored = np.arange(240 * 240).reshape(240, 240)  # rows, columns
+    canonical = stored.T[::-1, ::-1]  # x to the right, y to the front
+    x, y, _ = axial50("axial50_cropped").box((240, 240, 155), "tcia")
+    assert np.array_equal(canonical[slice(*x), slice(*y)][::-1, ::-1].T, stored[38:222, 48:192])
+
+
+def test_a_share_in_front_of_all_sites_gives_way_to_one_of_a_site():
+    cut = SiteSlices((16, 16), front={"GE3T": 0.25}, front_elsewhere=0.75)
+    assert [cut.box((16, 24, 1), site)[1] for site in ("GE3T", "Utrecht", None)] == [(6, 22), (2, 18), (2, 18)]
+    assert cut.box((16, 12, 1), None)[1] == (-2, 14)  # what is too short is padded on both sides
+
+
+def test_a_pair_of_shares_counts_from_below_and_above():
+    cut = SiteSlices((16, 16), dropped={"GE3T": 0.25}, dropped_elsewhere=[0.5, 0.1], zeroed=(0.0, 0.31))
+    assert cut.training((16, 16, 20), None) == range(10, 18)
+    assert cut.training((16, 16, 20), "GE3T") == range(5, 15)
+    assert cut.tested((16, 16, 20)) == range(13)

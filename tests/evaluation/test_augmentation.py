@@ -13,11 +13,12 @@ from mrgen.data.slices import SiteSlices
 from mrgen.data.store import Store
 from mrgen.evaluation.augmentation import Augmentation
 from mrgen.evaluation.cross_validation import Method
-from mrgen.metrics.segmentation import HD95_ONE_EMPTY, dice, hd95
+from mrgen.metrics.segmentation import HD95_ONE_EMPTY, dice, hd95, index_dice, index_mse
 from mrgen.protocols import Segmentation
 
 MODALITIES = ("t1", "flair")
 CLASSES = ("background", "core", "edema", "enhancing")
+LABELS = {name: [number] for number, name in enumerate(CLASSES) if number}
 SLICES = SiteSlices(size=(56, 32), zeroed=0.2)  # wider than a scan at 5 mm, and shorter
 
 
@@ -37,11 +38,15 @@ class Bright(nn.Module):
         return Segmentation(labels, nn.functional.one_hot(labels, len(CLASSES)).movedim(-1, 1).float())
 
 
-def judged(store, models, *, ids=None, change=lambda batch: batch, normalisation=None, slices=SLICES):
+def judged(
+    store, models, *, ids=None, change=lambda batch: batch, normalisation=None, slices=SLICES, labels=LABELS, **judging
+):
     """The steps of a test without a trainer, on the subjects' stored intensities."""
     subjects, batches = Store(store).subjects, []
     methods = {name: Method(model, normalisation or Symmetric(), slices) for name, model in models.items()}
-    module = Augmentation(methods=methods, modalities=MODALITIES, classes=CLASSES, subjects=subjects, shown="flair")
+    module = Augmentation(
+        methods=methods, modalities=MODALITIES, labels=labels, subjects=subjects, shown="flair", **judging
+    )
     for id in ids or list(subjects)[:1]:
         subject = subjects[id]
         label = torch.from_numpy(subject.read_label().astype(np.int64))
@@ -167,3 +172,58 @@ def test_pictures_keep_the_slice_with_the_most_lesion_of_every_subject(phantom_s
         "a-1.0": {0, 2},
         "b-0.5": {0, 3},
     }
+
+
+def test_a_label_may_be_a_union_of_classes(phantom_store):
+    regions = {"whole": [1, 2, 3], "enhancing": [3]}
+    module, subjects, batches = judged(phantom_store, {"bright": Bright()}, labels=regions)
+    predicted, _ = by_hand(next(iter(subjects.values())))
+    assert [row["label"] for row in module.rows] == ["whole", "enhancing"]
+    assert row_of(module, "whole")["dice"] == pytest.approx(dice(predicted, batches[0]["label"][0] > 0), abs=1e-6)
+    assert not module.indices  # it does not label each sequence by itself
+
+
+def test_slices_that_are_not_judged_are_ignored(phantom_store):
+    module, subjects, batches = judged(phantom_store, {"bright": Bright()}, judged=lambda subject: range(12, 17))
+    (predicted, _), label = by_hand(next(iter(subjects.values()))), batches[0]["label"][0]
+    assert (label == 2)[..., 17:].any()
+    row = row_of(module, "edema")
+    assert row["dice"] == pytest.approx(dice(predicted[..., 12:17], label[..., 12:17] == 2), abs=1e-6)
+    assert row["slices"] == 5
+    assert {line["slice"] for line in module.slices} <= set(range(12, 17))
+
+
+class Each(Bright):
+    """Labels slices from each sequence by itself; keeps how many it was shown at a time."""
+
+    sources = ("flair", "t1")
+
+    def segment_each(self, volumes):
+        self.saw.append(len(volumes["t1"]))
+        return {name: torch.where(image[:, 0] > self.above, self.number, 0) for name, image in volumes.items()}
+
+
+def test_what_labels_each_sequence_is_judged_by_maps_of_label_numbers(phantom_store):
+    each, slices = Each(), SiteSlices(size=(40, 32), dropped_elsewhere=0.2, step=2)
+
+    def ignored(batch):
+        batch["label"][..., 10] = IGNORED  # one of the slices that training shows, as a whole
+        return batch
+
+    module, subjects, batches = judged(phantom_store, {"row-1": each}, slices=slices, change=ignored)
+    subject, label = next(iter(subjects.values())), batches[0]["label"][0]
+    (x0, x1), (y0, y1), _ = slices.box(subject.shape, None)
+    shown = [z for z in slices.training(subject.shape, None) if z != 10]
+    assert len(shown) == len(slices.training(subject.shape, None)) - 1
+    assert [row["sequence"] for row in module.indices] == ["flair", "t1"]
+    for row in module.indices:
+        image = subject.read_image([row["sequence"]])[0].astype(float)
+        bright = 2 * image / subject.statistics[row["sequence"]]["p99_5"] - 1 > each.above
+        found = torch.from_numpy(np.where(bright & subject.read_brain(), 2, 0))
+        maps = [part[x0:x1, y0:y1, shown].movedim(-1, 0) for part in (found, label)]
+        assert (row["subject"], row["patient"], row["input"]) == (subject.id, subject.patient, "row-1")
+        assert row["slices"] == len(shown)
+        assert row["index_dice"] == pytest.approx(float(index_dice(*maps).mean()), abs=1e-6)
+        assert row["index_mse"] == pytest.approx(float(index_mse(*maps).mean()), abs=1e-6)
+    assert max(n for n in each.saw if isinstance(n, int)) <= 8  # no more slices at a time than of other passes
+    assert row_of(module, "edema")["input"] == "row-1"  # and by its labels in volumes as all others

@@ -35,6 +35,12 @@ def mrgen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Call
     return lambda script, *arguments: call(script, arguments, monkeypatch, tmp_path)
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is drawn, which takes longer than the judgement; for tests whose like looks at the pictures."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
+
+
 @pytest.fixture(scope="session")
 def snet_run(phantom_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny S-Net, trained for an epoch. Read only."""

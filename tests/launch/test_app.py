@@ -182,10 +182,10 @@ def test_crops_that_the_network_cannot_take_are_refused(mrgen: Script, phantom_s
     assert "data.sampling.size is [16, 20, 16]; expected three multiples of 8" in called.message
 
 
-def test_labels_that_the_regions_are_not_numbered_for_are_refused(mrgen: Script, phantom_store: Path):
-    called = mrgen("train", PRESET, *TINY, f"data.store={phantom_store}", "data.labels=native", "plan=true")
+def test_labels_that_the_layout_does_not_have_are_refused(mrgen: Script, phantom_store: Path):
+    called = mrgen("train", PRESET, *TINY, f"data.store={phantom_store}", "data.labels=lobes", "plan=true")
     assert called.code == 1
-    assert "set data.labels=regions" in called.message
+    assert "BraTS 2019 has no labels 'lobes'; valid names are regions, native" in called.message
 
 
 def test_sequences_that_the_store_does_not_hold_are_named(mrgen: Script, phantom_store: Path):

@@ -72,6 +72,7 @@ def test_every_subject_is_tested_once_by_every_model(tmp_path: Path, sweep: Path
     assert "missing" not in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_missing_fold_is_said_and_the_rest_printed(tmp_path: Path, sweep: Path, capsys):
     """One job never began, another failed: which, and why."""
     partial = tmp_path / "sweep"
@@ -88,6 +89,7 @@ def test_a_missing_fold_is_said_and_the_rest_printed(tmp_path: Path, sweep: Path
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_model_of_which_no_fold_is_there_is_missing_too(tmp_path: Path, sweep: Path, capsys):
     partial = tmp_path / "sweep"
     for run in ("0_unimodal", "3_unimodal", "1_offline"):
@@ -138,6 +140,7 @@ def test_a_subject_that_a_run_was_trained_on_is_refused(tmp_path: Path, sweep: P
         judged(tmp_path / "out", f"runs=['{run}']")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_joint_imputation_stands_on_the_common_bench(tmp_path: Path, sweep: Path):
     """Its FLAIR is judged with all others' by experiment=t1_to_t2/swap."""
     from mrgen.launch.evaluating import evaluate

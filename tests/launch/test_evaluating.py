@@ -116,6 +116,7 @@ def test_without_dropout_there_is_no_uncertainty_to_show(snet_run: Path, tmp_pat
     assert "rank correlation" not in (out_dir / "table.md").read_text()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_one_subject_is_judged_too(snet_run: Path, rsnet_run: Path, tmp_path: Path):
     shutil.copytree(snet_run, tmp_path / "snet")
     dealt(tmp_path / "snet", test=Split.load(snet_run / "split.json").test[:1])
@@ -124,6 +125,7 @@ def test_one_subject_is_judged_too(snet_run: Path, rsnet_run: Path, tmp_path: Pa
     assert {row["n"] for row in rows(out_dir / "table.csv")} == {"1"}
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_smoke_run_says_so_and_subjects_that_chose_the_checkpoint_are_called_optimistic(
     snet_run: Path, rsnet_run: Path, tmp_path: Path
 ):
@@ -135,6 +137,7 @@ def test_a_smoke_run_says_so_and_subjects_that_chose_the_checkpoint_are_called_o
     assert {row["subject"] for row in rows(out_dir / "subjects.csv")} == set(Split.load(snet_run / "split.json").val)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_another_store_of_the_same_subjects_can_be_judged_on(
     snet_run: Path, rsnet_run: Path, tmp_path: Path, phantom_store: Path
 ):
@@ -143,6 +146,7 @@ def test_another_store_of_the_same_subjects_can_be_judged_on(
     assert "elsewhere" in (out_dir / "table.md").read_text()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_runs_trained_on_patches_are_judged_on_whole_brains(snet_run: Path, tmp_path: Path, phantom_store: Path):
     patches = ("data/sampling=patch", "data.sampling.size=[16,16,16]", "data.steps_per_epoch=1")
     run_dir = tiny_run(tmp_path / "run", phantom_store, *patches)
@@ -230,6 +234,7 @@ def test_a_run_counts_once(snet_run: Path, rsnet_run: Path, tmp_path: Path):
         swapped(tmp_path / "swap", snet_run, rsnet_run, rsnet_run)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_every_network_is_judged_in_the_box_that_it_was_trained_in(
     snet_run: Path, rsnet_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

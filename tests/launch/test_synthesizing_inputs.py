@@ -199,7 +199,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_1(
 def test_help_shows_examples_and_the_script_starts_light(mrgen: Script):
     called = mrgen("synthesize", "--help")
     assert called.code == 0
-    assert called.out.partition("== Examples ==")[2].count("\nmrgen-synthesize ") == 3
+    assert called.out.partition("== Examples ==")[2].count("\nmrgen-synthesize ") == 4
     code = "import sys, mrgen.synthesize; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "nibabel", "SimpleITK", "monai", "scipy"} & set(loaded)

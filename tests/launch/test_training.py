@@ -12,14 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from mrgen.data.layouts import Layout
 from mrgen.data.splits import Split
+from mrgen.data.store import Store
 from mrgen.errors import UserError
 from mrgen.launch.csv_logger import read_metrics
 from mrgen.launch.status import read_status
-from mrgen.launch.training import choose_precision, train
+from mrgen.launch.training import build_datamodule, choose_precision, fill_from_store, train
 from mrgen.papers.rsnet import RSNet
-from tests.launch.tools import TINY, Called, tiny_run
+from tests.launch.tools import TINY, Called, composed, tiny_run
 
 # Everything that draws random numbers or keeps state between steps: dropout, augmentation, shuffling over the borders
 # of epochs, Adam, a learning rate that falls every epoch, class weights that fall every epoch.
@@ -101,6 +104,23 @@ def test_a_run_folder_holds_all_that_a_run_was(uninterrupted: Path, phantom_stor
     assert [len(part) for part in (split.train, split.val, split.test)] == [5, 1, 2]
     environment = json.loads((uninterrupted / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__
+
+
+def test_regions_are_numbered_for_the_labels_that_are_trained_on(tmp_path: Path, phantom_store: Path):
+    """What a run keeps in its config is read again as it was, by a resumed run and by an evaluation."""
+    for labels, enhancing in (("native", 4), ("regions", 3)):
+        conf = composed("train", "experiment=rsnet/rsnet", f"data.store='{phantom_store}'", f"data.labels={labels}")
+        fill_from_store(conf)
+        assert {name: len(conf.model.regions[name]) for name in ("ET", "WT", "TC")} == {"ET": 1, "WT": 3, "TC": 2}
+        assert list(conf.model.regions.ET) == [enhancing]
+        assert len(conf.model.classes) == enhancing + 1
+        OmegaConf.save(conf, tmp_path / "config.yaml", resolve=False)
+        saved = OmegaConf.load(tmp_path / "config.yaml")
+        fill_from_store(saved)
+        assert saved.data == conf.data
+        layout = Layout.from_conf(saved.data.layout)
+        assert layout.numbered("regions") == Store(phantom_store).layout
+        assert build_datamodule(saved.data).regions == layout.regions
 
 
 def test_metrics_have_every_step_and_every_epoch(uninterrupted: Path):

@@ -17,7 +17,7 @@ from mrgen.launch.paths import CONF_DIR
 
 # A network of a few thousand parameters, in the one precision whose results do not depend on the processor.
 CPU = ("trainer.accelerator=cpu", "trainer.precision=32-true", "tracking=csv")
-TINY = ("model.filters=2", "model.levels=2", *CPU)
+TINY = ("model.filters=2", "model.levels=2", "model.mc_samples=4", *CPU)
 TINY_SNET = ("model.net.filters=2", "model.net.levels=2", *CPU)
 
 

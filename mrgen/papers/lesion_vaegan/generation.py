@@ -88,6 +88,8 @@ class LesionVAEGAN(LightningModule):
         dropout: of the encoders' and segmentors' input pixels.
         init: ``normal``, or ``blur`` for the authors' first weights.
         label_share: of a label's one-hot channel in the fused map; the structure map has the rest.
+        norm_after_map: as published, an instance norm follows the convolution in DC that sees the sequences' one-hot
+            maps, of which it leaves nothing but at the borders. Left out: a deliberate repair.
         beta, tau: of ``structure_map``.
         expand: of the brains' masks, in pixels, see ``outside``.
         lr, betas: of all three Adams.
@@ -120,6 +122,7 @@ class LesionVAEGAN(LightningModule):
         dropout: float = 0.1,
         init: Literal["normal", "blur"] = "normal",
         label_share: float = 0.2,
+        norm_after_map: bool = False,
         beta: float = 0.12,
         tau: float = 0.02,
         expand: int = 5,
@@ -150,7 +153,7 @@ class LesionVAEGAN(LightningModule):
         self.lr, self.betas = lr, (betas[0], betas[1])
 
         sequences = len(self.modalities)
-        self.generator = Generator(sequences, len(self.classes), width, dropout, label_share)  # EC, EC_R, DC
+        self.generator = Generator(sequences, len(self.classes), width, dropout, label_share, norm_after_map)
         if init == "blur":
             self.generator.apply(blur_init)
         self.discriminator = ImageDiscriminator(discriminator_width)  # D

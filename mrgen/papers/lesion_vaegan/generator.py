@@ -65,18 +65,21 @@ class Generator(nn.Module):
         width: channels of the first layer.
         dropout: of the encoders' input pixels.
         label_share: of a label's one-hot channel in the fused map; the structure map has the rest.
+        norm_after_map: of DC, see ``first_norm`` of ``ImageDecoder``.
 
     Attributes:
         encoder, fusion_encoder, decoder: EC, EC_R and DC.
         pairs: (source, target) of every translation, source by source.
     """
 
-    def __init__(self, sequences: int, classes: int, width: int, dropout: float, label_share: float):
+    def __init__(
+        self, sequences: int, classes: int, width: int, dropout: float, label_share: float, norm_after_map: bool
+    ):
         super().__init__()
         self.sequences, self.classes, self.label_share = sequences, classes, label_share
         self.encoder = ImageEncoder(1, width, dropout)
         self.fusion_encoder = ImageEncoder(classes, width, dropout)
-        self.decoder = ImageDecoder(8 * width + sequences, 1, width)
+        self.decoder = ImageDecoder(8 * width + sequences, 1, width, norm_after_map)
         self.pairs = [(j, i) for j in range(sequences) for i in range(sequences) if j != i]
 
     def fuse(self, structure: Tensor, lesion: Tensor) -> Tensor:

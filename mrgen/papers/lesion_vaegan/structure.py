@@ -75,6 +75,8 @@ class StructureVAEGAN(LightningModule):
         beta: of Algorithm 1.
         expand: p of Algorithm 2, pixels.
         init: of EC_f, DC_f and MASK; ``blur`` is the authors'.
+        deviation: of codes before any training, above 0. From 1 on, DC_f may learn to take codes for noise.
+        halvings: of maps on the way to codes, see ``StructureEncoder``.
         lr, betas: of the three Adams.
 
     Raises:
@@ -103,6 +105,8 @@ class StructureVAEGAN(LightningModule):
         beta: float = 0.07,
         expand: int = 5,
         init: Literal["normal", "blur"] = "normal",
+        deviation: float = 1.0,
+        halvings: int = 5,
         lr: float = 1e-4,
         betas: Sequence[float] = (0.5, 0.999),
     ):
@@ -116,13 +120,17 @@ class StructureVAEGAN(LightningModule):
         self.side = math.isqrt(max(latent, 0))
         if latent < 1 or self.side**2 != latent:
             raise UserError(f"model.latent is {latent}; expected a square number, such as 256 or 4096; change it")
+        if not deviation > 0:
+            raise UserError(f"model.deviation is {deviation}; expected a number above 0; change it")
+        if not 1 <= halvings <= 5:
+            raise UserError(f"model.halvings is {halvings}; expected a whole number from 1 to 5; change it")
         _check_weights(weights)
         self.modalities, self.size, self.latent = tuple(modalities), (int(size[0]), int(size[1])), latent
         self.weights = {name: float(weights[name]) for name in TERMS}
         self.beta, self.expand, self.lr, self.betas = beta, expand, lr, (betas[0], betas[1])
 
-        self.encoder = StructureEncoder(size, width, latent, dropout)  # EC_f
-        self.decoder = StructureDecoder(size, width, latent)  # DC_f
+        self.encoder = StructureEncoder(size, width, latent, dropout, deviation, halvings)  # EC_f
+        self.decoder = StructureDecoder(size, width, latent, halvings)  # DC_f
         self.mask_generator = nn.Sequential(ImageEncoder(1, width, dropout), ImageDecoder(8 * width, 2, width))  # MASK
         self.map_discriminator = StructureDiscriminator(width)  # D_f
         self.code_discriminator = LatentDiscriminator(width)  # FD_f

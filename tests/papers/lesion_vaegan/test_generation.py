@@ -4,6 +4,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from torch import nn
+from torch.nn import functional as F
 
 from mrgen.papers.lesion_vaegan.generation import DISCRIMINATOR, GENERATOR, SEGMENTOR, LesionVAEGAN
 from mrgen.papers.lesion_vaegan.generator import Made, Real
@@ -324,6 +325,18 @@ def test_fusion_puts_one_fifth_of_the_label_on_four_fifths_of_the_map():
     assert fused[0, :, 0, 0].tolist() == pytest.approx([1.0, 0.8, 0.8])
     assert fused[0, :, 0, 1].tolist() == pytest.approx([0.0, 0.0, 0.2])
     assert fused[0, :, 1, 1].tolist() == pytest.approx([1.0, 0.8, 0.8])  # what is ignored is no lesion
+
+
+def test_the_sequences_map_survives_the_decoders_first_layer():
+    x = torch.rand(1, 16, 8, 8)
+    first, last = (
+        torch.cat([x, F.one_hot(torch.tensor([i]), 3).float()[..., None, None].expand(1, 3, 8, 8)], 1) for i in (0, 2)
+    )
+    repaired, published = (model(norm_after_map=norm).generator.decoder[0] for norm in (False, True))
+    middle = (..., slice(1, -1), slice(1, -1))  # away from the borders, where zero padding tells
+    assert not torch.allclose(repaired(first)[middle], repaired(last)[middle], atol=1e-3)
+    published[0].padding_mode, published[0]._reversed_padding_repeated_twice = "replicate", [1, 1, 1, 1]
+    assert torch.allclose(published(first), published(last), atol=1e-4)  # without borders nothing is left of it
 
 
 def test_a_synthesis_depends_on_map_and_label_alone_and_not_on_its_neighbours():
