@@ -17,14 +17,14 @@ python -m mrgen.prepare data=phantom_brats2015 $cohort > "$folder/logs/prepare.l
 # 64 × 64 slices hold the whole brain; the paper's 50 of 155 slices are 14 of 44.
 export common="$cohort data.sampling.size=[64,64] data.split.test=0.5 tracking=csv"
 # Narrow networks and 3,000 steps a stage, of 224 slices, where the paper has a million; hence the learning rates.
-export structure="model.width=8 model.latent=64 model.halvings=3 model.deviation=0.1 model.expand=2 model.lr=1e-3
-model.weights.map_adversarial_map=1 model.weights.map_adversarial_code=1 model.weights.normal_mean=1
-model.weights.normal_deviation=1 data.batch_size=8 data.steps_per_epoch=100 trainer.max_epochs=30"
+export structure="model.width=8 model.latent=64 model.halvings=3 model.deviation=0.1 model.expand=2 model.lr=5e-4
+model.weights.map_adversarial_map=1 model.weights.normal_mean=1 model.weights.normal_deviation=1
+data.batch_size=8 data.steps_per_epoch=100 trainer.max_epochs=30"
 # With the authors' weights, adversarial terms and categories are a hundred times the reconstruction, which so few steps
 # do not learn then.
-export generation="model.width=8 model.discriminator_width=8 model.expand=2 model.lr=2e-3
+export generation="model.width=8 model.discriminator_width=8 model.expand=2 model.lr=3e-3
 model.weights.reconstruction=100 model.weights.cycle=40 model.weights.lesion2=0.3
-model.weights.g1_adversarial=1 model.weights.g1_category=3 model.weights.g2_adversarial=3 model.weights.g2_category=3
+model.weights.g1_adversarial=1 model.weights.g1_category=5 model.weights.g2_adversarial=3 model.weights.g2_category=5
 model.weights.background_reconstructed=10 model.weights.background_translated=10 model.weights.background_synthetic=10
 data.steps_per_epoch=100 trainer.max_epochs=30"
 export segmentors="model.width=8 model.lr=2e-3 data.batch_size=4 trainer.max_epochs=10"

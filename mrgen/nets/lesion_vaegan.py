@@ -43,17 +43,17 @@ def _conv(in_channels: int, out_channels: int, *, kernel: int = 3, stride: int =
     )
 
 
-def _out(in_channels: int, out_channels: int) -> nn.Sequential:
+def _out(in_channels: int, out_channels: int, shift: float = 2.0) -> nn.Sequential:
     """A decoder's end: (B, in, X, Y) -> (B, out, X, Y) in (0, 1).
 
-    An optimiser moves the shift of the norm by about a learning rate a step, far from where most pixels are. So it
-    starts there, at 0 in images and in the rarer classes, and at 1 in the first of several.
+    An optimiser moves the shift of the norm by about a learning rate a step, and most pixels are far from one half. So
+    it starts at −``shift`` in images and in the rarer classes, and at ``shift`` in the first of several.
     """
     norm = nn.InstanceNorm2d(out_channels, affine=True)
     nn.init.constant_(norm.weight, 2)
-    nn.init.constant_(norm.bias, -2)
+    nn.init.constant_(norm.bias, -shift)
     if out_channels > 1:
-        nn.init.constant_(norm.bias[:1], 2)
+        nn.init.constant_(norm.bias[:1], shift)
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False), norm, nn.Sigmoid())
 
 
@@ -102,9 +102,12 @@ class ImageDecoder(nn.Sequential):
         width: of the encoder.
         first_norm: False leaves out the norm after the first convolution, which takes away all that a map of one value,
             stacked with the code, adds to it, but for what zero padding makes of it at the borders.
+        shift: where the last norm starts: there in the first of several channels, at its negative in all others.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, width: int = 64, first_norm: bool = True):
+    def __init__(
+        self, in_channels: int, out_channels: int, width: int = 64, first_norm: bool = True, shift: float = 2.0
+    ):
         double = nn.Upsample(scale_factor=2)
         first = _conv(in_channels, 8 * width)
         super().__init__(
@@ -118,7 +121,7 @@ class ImageDecoder(nn.Sequential):
             _conv(2 * width, 2 * width),
             _conv(2 * width, 2 * width),
             _conv(2 * width, width),
-            _out(width, out_channels),
+            _out(width, out_channels, shift),
         )
         self.apply(_first_weights)
 

@@ -73,3 +73,32 @@ def test_a_norm_follows_every_convolution_but_a_discriminators_last(net: nn.Modu
 def test_the_activation_is_a_capped_relu():
     activations = [layer for layer in ImageEncoder(1, width=2).modules() if isinstance(layer, nn.Hardtanh)]
     assert activations[0](torch.tensor([-5.0, 3.0, 400.0])).tolist() == [0, 3, 100]
+
+
+def test_small_slices_may_be_halved_less_often():
+    encoder = StructureEncoder((64, 64), width=1, latent=9, halvings=3)
+    decoder = StructureDecoder((64, 64), width=1, latent=9, halvings=3)
+    assert encoder.convolutions(torch.rand(1, 1, 64, 64)).shape == (1, 12, 8, 8)
+    assert decoder.coarse == (12, 8, 8)
+    assert decoder(torch.zeros(1, 9)).shape == (1, 2, 64, 64)
+
+
+def test_codes_begin_with_the_deviation_that_was_asked_for():
+    encoder = StructureEncoder((64, 64), width=2, latent=2000, deviation=0.1)
+    log_variance = encoder(torch.rand(1, 1, 64, 64))[1]
+    assert log_variance.median().div(2).exp().item() == pytest.approx(0.1, rel=0.3)
+
+
+def test_a_decoder_begins_where_most_pixels_are():
+    code = torch.rand(4, 16, 16, 16)
+    images, classes = (ImageDecoder(16, channels, width=2)(code) for channels in (1, 3))
+    assert images.mean() < 0.35
+    assert (classes.argmax(dim=1) == 0).float().mean() > 0.8
+    assert ImageDecoder(16, 2, width=2, shift=0)(code).mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_only_codes_of_the_first_stage_are_judged_without_norms():
+    assert not [layer for layer in LatentDiscriminator(2).modules() if isinstance(layer, nn.InstanceNorm2d)]
+    patches = LatentDiscriminator(2)
+    codes = torch.randn(1, 1, 16, 16)
+    assert not torch.allclose(patches(codes), patches(3 * codes), atol=1e-2)  # it sees how large numbers are

@@ -131,7 +131,8 @@ class StructureVAEGAN(LightningModule):
 
         self.encoder = StructureEncoder(size, width, latent, dropout, deviation, halvings)  # EC_f
         self.decoder = StructureDecoder(size, width, latent, halvings)  # DC_f
-        self.mask_generator = nn.Sequential(ImageEncoder(1, width, dropout), ImageDecoder(8 * width, 2, width))  # MASK
+        mask_decoder = ImageDecoder(8 * width, 2, width, shift=0)
+        self.mask_generator = nn.Sequential(ImageEncoder(1, width, dropout), mask_decoder)  # MASK
         self.map_discriminator = StructureDiscriminator(width)  # D_f
         self.code_discriminator = LatentDiscriminator(width)  # FD_f
         if init == "blur":

@@ -340,7 +340,7 @@ def test_validation_is_of_whole_subjects_in_all_sequences_and_in_parts():
         brains.append((masks[:, :1] >= masks[:, 1:], mask < 0.5))
     assert found["loss"] == pytest.approx(float(sum(errors) / 2), rel=1e-5)
     for name, pairs in (("map_dice", edges), ("mask_dice", brains)):
-        assert found[name] == pytest.approx(dice(*(torch.cat(sides) for sides in zip(*pairs, strict=True))), rel=1e-5)
+        assert found[name] == pytest.approx(dice(*(torch.cat(sides) for sides in zip(*pairs, strict=True))), rel=1e-3)
     model.validation_step(batch, 0)
     model.on_validation_epoch_end()
     assert set(model.logged) == {"val/loss", "val/map_dice", "val/mask_dice"}
