@@ -17,8 +17,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## phantom cohort, five trainings, swap table (about 6 minutes on 2 cores with bf16)
 	$(BIN)/python -m mrgen.launch.demo demo
 
-test: $(READY)  ## the fast suite
-	$(BIN)/python -m pytest
+test: $(READY)  ## the fast suite, a process a core up to four
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(READY)  ## the slow tests alone
 	$(BIN)/python -m pytest -m slow

@@ -38,7 +38,7 @@ def check(command: str) -> list[DictConfig]:
     """Composes what a command composes. Raises where the software does not know it.
 
     Returns:
-        One config a job; none for ``make`` and for ``--help``.
+        One config a job, of a range for its ends alone; none for ``make`` and for ``--help``.
     """
     words = shlex.split(command)
     while "=" in words[0] and words[0].partition("=")[0].isidentifier():  # VARIABLE=value before the command
@@ -69,6 +69,8 @@ def check(command: str) -> list[DictConfig]:
     for override in OverridesParser.create().parse_overrides(overrides):
         assert sweep or not override.is_sweep_override(), f"{command}: a list of choices needs -m"
         values = list(override.sweep_string_iterator()) if override.is_sweep_override() else None
+        if values and override.is_range_sweep():  # what holds at both ends holds between
+            values = [values[0], values[-1]]
         key = override.get_key_element()
         choices = [override.input_line] if values is None else [f"{key}={value}" for value in values]
         jobs = [[*job, choice] for job, choice in product(jobs, choices)]
@@ -128,6 +130,8 @@ def test_a_sweep_is_every_one_of_its_jobs():
         ("rnet-t1", 4),
         ("rnet-t2", 4),
     ]
+    ends = check("mrgen-train -m experiment=lesion_vaegan/availability 'row=range(1,26)'")
+    assert [conf.name for conf in ends] == ["row-1", "row-25"]
     assert check("MRGEN_RUNS=/scratch python -m mrgen.train target=t1")[0].target == "t1"
 
 

@@ -41,7 +41,7 @@ def test_every_command_of_an_experiment_is_known_and_every_run_judged(script: Pa
         configs = check(command)
         if "mrgen.train" in command:
             trained += [re.search(r"hydra\.run\.dir=\W*([^\s'\\\\]+)", command)[1] for _ in configs]
-        if "mrgen.evaluate" in command:
+        if "mrgen.evaluate" in command or "mrgen.synthesize" in command:  # of generators: what they make is
             judged += command
     assert len(trained) == len(set(trained)) > 1
     sweeps = re.findall(r"sweep=\W*([^\s'\\\\]+)", judged)  # folders, all of whose runs are judged

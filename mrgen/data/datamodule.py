@@ -215,6 +215,21 @@ class CohortDataModule(LightningDataModule):
                 samples = sum(self.mix.amounts(samples))
         return self.steps_per_epoch or max(1, -(-samples // (self.batch_size * world_size)))
 
+    def ordered_samples(self, epochs: int | None, world_size: int = 1) -> int | None:
+        """Samples of a whole training, which the mix's order divides; None where there is no order.
+
+        Raises:
+            UserError: epochs without an end.
+        """
+        if not self.mix or self.mix.order == "random":
+            return None
+        if not epochs or epochs < 1:
+            raise UserError(
+                f"trainer.max_epochs is {epochs}; data.mix.order={self.mix.order} divides the whole training and needs "
+                "a number from 1 on"
+            )
+        return epochs * self.train_steps(world_size) * self.batch_size * world_size
+
     def real_slices(self) -> int:
         """Slices of the training subjects that an epoch shows once where nothing is mixed: ×1 of a mix."""
         assert isinstance(self.sampling, SiteSlices)
@@ -248,17 +263,10 @@ class CohortDataModule(LightningDataModule):
     def _mixed_loader(self, mix: Mix) -> DataLoader:
         count, reading = self.real_slices(), self._slice_reading
         dataset = MixedSlices(lambda: self.training_slices, mix, count=count, labels=self._labels, **reading)
-        if mix.order == "random":
-            return self._training_loader(dataset, seed=self.seed)
         epochs = 1 if self.trainer is None else self.trainer.max_epochs
-        if not epochs or epochs < 1:
-            raise UserError(
-                f"trainer.max_epochs is {epochs}; data.mix.order={mix.order} divides the whole training and needs a "
-                "number from 1 on"
-            )
-        world_size = self._ranks["world_size"]
-        samples = epochs * self.train_steps(world_size) * self.batch_size * world_size
-        return self._training_loader(dataset, seed=self.seed, turns=mix.turns(count, samples))
+        samples = self.ordered_samples(epochs, self._ranks["world_size"])
+        turns = None if samples is None else mix.turns(count, samples)
+        return self._training_loader(dataset, seed=self.seed, turns=turns)
 
     def _training_loader(self, dataset: Any, *, seed: int, turns: Sequence[Turn] | None = None) -> DataLoader:
         samples = self.train_steps(self._ranks["world_size"]) * self.batch_size

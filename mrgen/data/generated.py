@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -62,7 +62,8 @@ def read_generated(store: Path | str) -> dict[str, Any] | None:
         ``complete`` (False while it is being made, and where that was interrupted), ``method`` (the generator's run),
         ``checkpoint`` (``sha256:…``), ``store`` (name of the real cohort), ``patients`` (all that the generator was
         trained on), ``subjects`` and ``slices`` (how many there are once it is complete), ``manipulations``, ``seed``,
-        and what else the method says; a lesion VAE-GAN's ``scheme``, ``selection`` and, once complete, ``filters``.
+        and what else the method says; a lesion VAE-GAN's ``scheme``, ``selection``, ``exhausted`` and, once complete,
+        ``filters``.
 
     Raises:
         UserError: it is damaged or of another version.
@@ -147,6 +148,7 @@ def plan_subjects(
     seed: int,
     subjects: int | None = None,
     slices: int | None = None,
+    without: Collection[str] = (),
 ) -> list[Planned]:
     """Which subjects to make: one of every training subject's brain, in an order of chance, and so on in another one.
 
@@ -159,13 +161,15 @@ def plan_subjects(
         subjects: how many.
         slices: how many in all, in place of a number of subjects: the last one keeps as many as are needed, evenly
             spread. One of the two is None.
+        without: subjects that could not be made, by id; later ones take their place.
     """
     anatomies = sorted(training, key=lambda subject: subject.id)
     plan: list[Planned] = []
     order: list[int] = []
-    left = slices
+    left, number = slices, -1
     while (left is None and len(plan) < (subjects or 0)) or (left or 0) > 0:
-        turn, place = divmod(len(plan), len(anatomies))
+        number += 1
+        turn, place = divmod(number, len(anatomies))
         if place == 0:
             order = np.random.default_rng([seed, turn, _ORDER]).permutation(len(anatomies)).tolist()
         anatomy = anatomies[order[place]]
@@ -173,8 +177,10 @@ def plan_subjects(
         z = sampling.training(anatomy.shape, anatomy.site)
         kept = len(z) if left is None else min(left, len(z))
         places = tuple((2 * k + 1) * len(z) // (2 * kept) for k in range(kept))
-        plan.append(Planned(len(plan), anatomy, (x, y, (z.start, z.stop)), z, places))
-        left = None if left is None else left - kept
+        planned = Planned(number, anatomy, (x, y, (z.start, z.stop)), z, places)
+        if planned.id not in without:
+            plan.append(planned)
+            left = None if left is None else left - kept
     return plan
 
 

@@ -132,8 +132,20 @@ class SliceDataset(Dataset):
         self, place: int, *steps: tuple[Callable[[Any], Any] | None, Sequence[int]], channels: slice = slice(None)
     ) -> dict[str, Any]:
         """The slice at a place in these sequences, through TorchIO transforms, each with what it is seeded by."""
-        stack, z = self.places[place]
-        parts = self._read.read(stack, z, channels)
+        return self.through(self.parts(place, channels), *steps) | self.named(place)
+
+    def parts(self, place: int, channels: slice = slice(None)) -> dict[str, Tensor]:
+        """Image (C, X, Y), normalised, label (X, Y) and brain (X, Y) of a place; guides (n, X, Y)."""
+        return self._read.read(*self.places[place], channels)
+
+    def named(self, place: int) -> dict[str, Any]:
+        """Whose slice it is, and how large its voxels are."""
+        return _named(self.places[place][0].subject)
+
+    def through(
+        self, parts: dict[str, Tensor], *steps: tuple[Callable[[Any], Any] | None, Sequence[int]]
+    ) -> dict[str, Any]:
+        """What TorchIO transforms make of ``parts``, each with what it is seeded by."""
         for transform, words in steps:
             if transform is None:
                 continue
@@ -141,7 +153,7 @@ class SliceDataset(Dataset):
             volumes = {name: part[..., None] for name, part in parts.items()}  # TorchIO knows volumes alone
             outside = self._read.normalisation.outside
             parts = {k: v[..., 0] for k, v in augmented(transform, volumes, seed=seed, outside=outside).items()}
-        return {**parts, **_named(stack.subject)}
+        return parts
 
 
 class SubjectSlices(Dataset):

@@ -71,7 +71,8 @@ class SiteSlices:
         front_elsewhere: the same of all other sites; None: half.
         dropped: by site, the share of the slices that is left out at each end in training.
         dropped_elsewhere: the same of all other sites; or a pair of shares, below and above.
-        zeroed: share of the slices at each end in which no lesion is predicted at test, rounded up; or such a pair.
+        zeroed: share of the slices at each end in which no lesion is predicted at test, rounded up as Li et
+            al. do; or such a pair, rounded as those of training are.
         step: training shows every so many slices, where neighbours are all but copies of each other.
     """
 
@@ -98,6 +99,7 @@ class SiteSlices:
         self.front_elsewhere = front_elsewhere
         pairs = {"dropped_elsewhere": dropped_elsewhere, "zeroed": zeroed}
         self.dropped_elsewhere, self.zeroed = (_ends(name, share) for name, share in pairs.items())
+        self.rounded_up = not isinstance(zeroed, Sequence)
         if step < 1:
             raise UserError(f"data.sampling.step is {step}; expected a whole number from 1 on")
         self.step = step
@@ -153,7 +155,8 @@ class SiteSlices:
 
     def tested(self, shape: Sequence[int]) -> range:
         """The slices of a scan in which lesions may be predicted."""
-        below, above = (math.ceil(round(shape[2] * end, 6)) for end in self.zeroed)
+        ends = [round(shape[2] * end, 6) for end in self.zeroed]
+        below, above = (math.ceil(end) if self.rounded_up else round(end) for end in ends)
         return range(below, shape[2] - above)
 
 

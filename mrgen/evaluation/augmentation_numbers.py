@@ -40,8 +40,8 @@ def by_patient(rows: Rows, labels: Sequence[str]) -> list[dict[str, Any]]:
         labels: which, in order; the others are left out.
 
     Returns:
-        ``subject`` (the patient), ``input``, ``label`` and the numbers of the rows: means over the patient's scans,
-        which skip what is nan, and sums of what is counted.
+        ``subject`` (the patient), ``input``, ``label`` and the numbers that the rows have: means over the patient's
+        scans, which skip what is nan, and sums of what is counted.
     """
     scans: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -61,7 +61,7 @@ def by_patient(rows: Rows, labels: Sequence[str]) -> list[dict[str, Any]]:
 
 def _together(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     numbers: dict[str, float] = {}
-    for key in (*TESTED, *THERE, *COUNTS):
+    for key in (key for key in (*TESTED, *THERE, *COUNTS) if key in rows[0]):
         values = [float(row[key]) for row in rows if not math.isnan(row[key])]
         numbers[key] = sum(values) if key in COUNTS else float(np.mean(values)) if values else math.nan
     return numbers

@@ -12,7 +12,9 @@ from mrgen.evaluation.statistics import FEWEST
 from mrgen.evaluation.swap_tables import DASH, INTERVAL, Rows, cell, p_cell
 from mrgen.evaluation.table import Table
 
-__all__ = ["availability_tables"]
+__all__ = ["TEACHERS", "availability_tables"]
+
+TEACHERS = "its own teachers"  # what judged a cohort where nobody else was asked
 
 NAMES = {"dice": "Dice", "mse": "MSE"}
 ORDERS = {"random": "random", "synthetic_first": "synthetic first", "real_first": "real first"}
@@ -63,7 +65,7 @@ def availability_tables(
         sequences: that have numbers of their own.
         cohorts: for Table 1: ``name``, ``scheme``, ``candidates`` (slices, before any was left out for its Dice), how
             many of them were ``kept``, ``dice`` and ``mse`` of what segmentors that were trained on real slices make of
-            the candidates, and which ones, ``judge``.
+            the candidates, and which ones, ``judge`` (a run, a checkpoint, or ``TEACHERS``).
         training: by run, how it was trained: the keys of ``TRAINING``, None where that is not known.
         paper: whether to print the paper's numbers beside ours.
         notes: below the first table.
@@ -85,7 +87,9 @@ def availability_tables(
         first = {name: training[name] for name in sorted(training, key=lambda name: _place(name, study))}
         found["training"] = training_table(first, f"{title}, training", TRAINING)
         found["training"].notes.append("Repeats of a row are trained alike but for the seed.")
-        found["training"].notes += _unequal(first, reference)
+        unequal = _unequal(first, reference)
+        found["training"].notes += unequal
+        found["table 2"].notes[:0] = unequal  # what it says is to be read with this in mind
     tables = {name: table for name, table in found.items() if table.rows}
     for table in list(tables.values())[:1]:
         table.notes += notes
@@ -115,7 +119,7 @@ def _table_2(lines: Rows, title: str, study: Mapping[str, Any], paper: bool) -> 
     table.notes = [
         RULE,
         BEST,
-        "×1: all real slices of training. All rows are to be trained for as many steps; below, the training says so.",
+        "×1: all real slices of training. All rows are to be trained for as many steps; the last table tells them.",
     ]
     if paper:
         table.notes += [
@@ -145,8 +149,10 @@ def _table_1(lines: Rows, cohorts: Rows, title: str, study: Mapping[str, Any], r
         add(cohort["scheme"], slices, cohort["name"], cohort["judge"], cohort)
     table.notes = [
         "guidance: the generator's scheme of segmentors (section 2.7). Synthetic slices: all candidates with a fitting "
-        "label, before any was left out for its Dice, as segmentors find it that were trained on real slices alone. "
-        "The generator's own were its teachers; mrgen-synthesize segmentors=RUN asks others.",
+        "label, before any was left out for its Dice, as segmentors find it that were trained on real slices alone.",
+        f"judged by: whose segmentors these were, a run's or a checkpoint's. {TEACHERS}: those that guided the "
+        "generator's training, so that its number is CIRCULAR, being what it was trained to make high; "
+        "mrgen-synthesize segmentors=RUN asks others.",
         "A high Dice says that lesions look as the label has them, and not that the images look real.",
     ]
     return table
@@ -160,8 +166,10 @@ def _claims(lines: Rows, title: str, study: Mapping[str, Any], paper: bool) -> T
         cells += ["yes" if line["holds"] else "no", cell(line, "region", 3)]
         table.rows.append(cells + [_several(line["paper"] or ())] * paper)
     table.notes = [
-        "By the Dice of maps of label numbers, means over n patients of all runs of a row; difference: first − second, "
-        f"paired; {INTERVAL}. holds: our means stand as the paper has them, which may be chance: see p.",
+        "By the Dice of maps of label numbers, means over n patients of all runs of a row: they may differ from Table "
+        "2's, which are over slices, and so may what holds.",
+        f"difference: first − second, paired; {INTERVAL}. holds: our means stand as the paper has them, which may be "
+        "chance: see p.",
         f'~: at most {study["close"]:g} apart, which is our reading of the paper\'s "similar" and "very close". '
         "rise, then fall: the best is neither the first nor the last. region Dice: the same difference in the Dice of "
         "regions, mean over the regions.",
@@ -222,13 +230,13 @@ def _sequences(lines: Rows, title: str, sequences: Sequence[str]) -> Table:
 
 
 def _unequal(training: Mapping[str, Mapping[str, Any]], reference: str) -> list[str]:
-    """A note where a row was trained for another number of steps than the reference, or the first row."""
+    """A note where rows were trained for other numbers of steps than the reference, or the first row."""
     known = {name: facts["steps"] for name, facts in training.items() if facts.get("steps") is not None}
     if len(set(known.values())) < 2:
         return []
-    usual = known.get(reference, next(iter(known.values())))
-    others = [name for name, steps in known.items() if steps != usual]
-    return [f"NOT TRAINED EQUALLY LONG, as the study wants it ({usual} steps): {', '.join(others)}."]
+    first = reference if reference in known else next(iter(known))
+    others = [f"{name} {steps}" for name, steps in known.items() if steps != known[first]]
+    return [f"NOT equal: optimiser steps. {first} was trained for {known[first]}, {', '.join(others)}."]
 
 
 def _test(reference: str, family: str) -> str:

@@ -21,7 +21,7 @@ from mrgen.evaluation.augmentation_figures import label_figure, median_and_low
 from mrgen.evaluation.augmentation_numbers import method_of
 from mrgen.evaluation.availability_figures import study_figure
 from mrgen.evaluation.availability_numbers import availability_claims, availability_runs, availability_summary
-from mrgen.evaluation.availability_tables import availability_tables
+from mrgen.evaluation.availability_tables import TEACHERS, availability_tables
 from mrgen.evaluation.figures import SEQUENCES
 from mrgen.evaluation.lesion_vaegan_figures import RegisteredSlice, registered_figure, structure_figure
 from mrgen.evaluation.table import write_rows
@@ -56,7 +56,7 @@ def judge_availability(conf: DictConfig, out_dir: Path) -> Path:
     """
     named = segmenters(conf)
     for run in named.values():
-        if not hasattr(run.model, "segment_each"):
+        if not hasattr(run.model, "segment_all"):
             raise UserError(
                 f"{run.path} is a {type(run.model).__name__}, which labels no sequence by itself; expected runs of "
                 "experiment=lesion_vaegan/availability"
@@ -66,7 +66,8 @@ def judge_availability(conf: DictConfig, out_dir: Path) -> Path:
     cohorts = _cohorts(conf, module)
     tested = _common_slices(named).tested
     regions = module.regions
-    judged = judged_runs(conf, out_dir, named, module, regions, judged=lambda subject: tested(subject.shape))
+    judging = {"judged": lambda subject: tested(subject.shape), "measures": ("dice",)}  # no other is printed
+    judged = judged_runs(conf, out_dir, named, module, regions, **judging)
     if judged is not None:
         _report(conf, out_dir, judged, named, module, cohorts, [*notes, *_notes(conf, named)])
     return out_dir
@@ -224,9 +225,11 @@ def _judged_cohort(name: str, store: Store, runs: Mapping[str, Run]) -> dict[str
     """A line of Table 1."""
     record = read_generated(store.path)
     assert record is not None
-    digest = str(record.get("segmentors"))
-    known = [run for run in runs if digest == f"sha256:{runs[run].digest()}"] if digest != "None" else []
-    judge = "the generator's own" if digest == "None" else known[0] if known else "a run of its own"
+    judge = record.get("segmentors")  # "sha256:…", or none but its own
+    if judge is None:
+        judge = TEACHERS
+    else:
+        judge = next((run for run in runs if judge == f"sha256:{runs[run].digest()}"), f"checkpoint {judge[:15]}…")
     told = {key: record["filters"][key] for key in ("candidates", "kept", "dice", "mse")}
     return {"name": name, "scheme": record["scheme"], "judge": judge, **told}
 

@@ -1,7 +1,7 @@
 """From a generator's run to a synthetic cohort: what ``mrgen-synthesize`` does where no scans are needed."""
 
+import sys
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from mrgen.data.generated import (
@@ -27,7 +29,6 @@ from mrgen.data.generated import (
     write_generated,
     write_synthetic,
 )
-from mrgen.data.lesions import KINDS
 from mrgen.data.slices import SiteSlices
 from mrgen.data.store import (
     Store,
@@ -39,11 +40,13 @@ from mrgen.data.store import (
     write_cohort,
 )
 from mrgen.errors import UserError
+from mrgen.launch.generating_labels import LabelMethod
 from mrgen.launch.generating_lesions import LesionMethod, lesion_settings
+from mrgen.launch.generating_output import check_output
 from mrgen.launch.runs import Run
 from mrgen.launch.trained import choose_device, inference_precision
 from mrgen.launch.training import checked_seed
-from mrgen.papers.lesion_vaegan.cohort import LesionGenerator
+from mrgen.papers.lesion_vaegan.cohort import Exhausted, LesionGenerator
 from mrgen.protocols import Generated, Generator, LabelMaps
 
 __all__ = ["generate", "generating_settings"]
@@ -51,13 +54,6 @@ __all__ = ["generate", "generating_settings"]
 # Keys of conf/synthesize.yaml that generators alone know, and those that they do not.
 _GENERATING = ("subjects", "slices", "manipulations", "store")
 _OF_SCANS = ("input", "layout", "mc_samples", "mc_batch")
-_DONE = {
-    "mirror": "mirrored",
-    "move": "moved",
-    "enlarge": "enlarged",
-    "shrink": "shrunk",
-    "transplant": "transplanted",
-}
 
 
 def generating_settings(conf: DictConfig) -> list[str]:
@@ -66,7 +62,7 @@ def generating_settings(conf: DictConfig) -> list[str]:
 
 
 def generate(run: Run, conf: DictConfig) -> Path:
-    """Writes a synthetic cohort, or what is missing of one; one line a subject.
+    """Writes a synthetic cohort, or what is missing of one; one line a subject, on a terminal with a bar of slices.
 
     Args:
         run: of a ``mrgen.protocols.Generator``, or of a lesion VAE-GAN's second stage.
@@ -78,34 +74,36 @@ def generate(run: Run, conf: DictConfig) -> Path:
 
     Raises:
         UserError: a setting that cannot be followed; no real store, or another than the run was trained on; an output
-            that holds something else, or the same with other settings.
+            that holds something else, or the same with other settings; filters that nothing passes.
     """
     cohort = _Cohort(run, conf)
     output = Path(str(conf.output)).expanduser()
     print(f"{run.conf.name} ({conf.checkpoint}): {', '.join(run.model.modalities)} of {len(cohort.plan)} subjects")
     with sole_writer(output):
         earlier = read_generated(output)
-        _check_output(output, earlier, cohort.table)
+        cohort.exhausted.update((earlier or {}).get("exhausted", {}))
+        check_output(output, earlier, cohort.table)
         remove_leftovers(output)
-        there = {id: table["source"].get("slices") for id, table in read_subjects(output).items()}
-        todo = [planned for planned in cohort.plan if there.get(planned.id) != planned.slices]
-        changed = todo or earlier is None or any(earlier[key] != value for key, value in cohort.table.items())
+        todo, made = cohort.missing(output), 0
+        changed = todo or earlier is None or any(earlier.get(key) != value for key, value in cohort.table.items())
         if changed:
             write_generated(output, {**cohort.table, "complete": False})
             write_cohort(output, synthetic_layout(cohort.real.layout), run.model.modalities)
-            cohort.make(todo, output)
+        while todo:  # again where others have to take the place of what could not be made
+            made += cohort.make(todo, output)
+            todo = cohort.missing(output)
         done = [table for id, table in read_subjects(output).items() if id in {planned.id for planned in cohort.plan}]
-        summary, outcome = cohort.method.outcome([table["source"] for table in done])
+        summary, outcome = cohort.method.outcome([table["source"] for table in done], cohort.exhausted)
         if changed:
             write_generated(output, {**cohort.table, **outcome})
     print(
-        f"{len(todo)} made, {len(done) - len(todo)} skipped; {len(done)} subjects of {cohort.table['slices']} slices, "
+        f"{made} made, {len(done) - made} skipped; {len(done)} subjects of {cohort.table['slices']} slices, "
         f"{summary}: {output}"
     )
     return output
 
 
-class _Method(Protocol):
+class Method(Protocol):
     """What generators differ in.
 
     Attributes:
@@ -134,42 +132,11 @@ class _Method(Protocol):
         """How a subject came about."""
         ...
 
-    def outcome(self, sources: Sequence[Mapping[str, Any]]) -> tuple[str, Mapping[str, Any]]:
-        """Of all subjects' ``source``: the words for it, and what ``generated.json`` says of it."""
+    def outcome(
+        self, sources: Sequence[Mapping[str, Any]], exhausted: Mapping[str, Mapping[str, float]]
+    ) -> tuple[str, Mapping[str, Any]]:
+        """Of all subjects' ``source``, and of those that were not made: the words, and what ``generated.json`` says."""
         ...
-
-
-class _FromLabels:
-    """Generators that are given labels, which may be manipulated: a ``_Method``. Raises UserError as ``generate``."""
-
-    def __init__(self, run: Run, conf: DictConfig):
-        if given := lesion_settings(conf):
-            raise UserError(
-                f"{given[0]}: {run.conf.name} is no lesion VAE-GAN, of whose cohorts this is a setting; leave "
-                f"{given[0].partition('=')[0]} out"
-            )
-        self.model: Generator = run.model
-        self.kinds = _kinds(conf.manipulations)
-        self.networks: Sequence[nn.Module] = [run.model] if isinstance(run.model, nn.Module) else []
-        self.settings: Mapping[str, Any] = {}
-
-    def donors(
-        self, training: Sequence[StoredSubject], sampling: SiteSlices, lookup: np.ndarray
-    ) -> list[StoredSubject]:
-        return list(training)
-
-    def patients(self, real: Store) -> set[str]:
-        return set()
-
-    def line(self, lesion: Lesion, made: Generated) -> str:
-        done = "labels as they were" if lesion.manipulation is None else f"lesion {_DONE[lesion.manipulation]}"
-        return f"{done} from {lesion.subject.id}" if lesion.manipulation == "transplant" else done
-
-    def outcome(self, sources: Sequence[Mapping[str, Any]]) -> tuple[str, Mapping[str, Any]]:
-        counts = Counter(str(source["manipulation"]) for source in sources)
-        lesions = [f"{counts[kind]} {_DONE[kind]}" for kind in KINDS if counts[kind]]
-        lesions += [f"{counts['None']} as they were"] if counts["None"] else []
-        return f"lesions: {', '.join(lesions)}", {}
 
 
 class _Cohort:
@@ -177,8 +144,8 @@ class _Cohort:
 
     Attributes:
         real: the store that the generator was trained on.
-        plan: its subjects.
-        table: what ``generated.json`` says in the end.
+        exhausted: subjects that no filter let pass within the tries, by id, with ``Generated.filters`` of each. They
+            are not tried again in this output, whatever the tries are then: later subjects have taken their place.
     """
 
     def __init__(self, run: Run, conf: DictConfig):
@@ -196,19 +163,21 @@ class _Cohort:
             )
         self.seed = checked_seed(conf.seed)
         lesions = isinstance(run.model, LesionGenerator)
-        self.method: _Method = LesionMethod(run, conf, slices) if lesions else _FromLabels(run, conf)
+        self.method: Method = LesionMethod(run, conf, slices) if lesions else LabelMethod(run, conf)
         self.real = _real_store(run, conf.store)
         self.lookup = self.real.layout.label_lookup(run.description["data"]["labels"])
         labelled = _training(run, self.real)
         self.training = self.method.donors(labelled, slices, self.lookup)
-        self.plan = _plan(conf, self.training, slices, self.seed)
+        self.exhausted: dict[str, Mapping[str, float]] = {}
+        self._slices, self._wanted = slices, _wanted(conf, self.training)
+        self._in_vain = 0  # subjects one after the other
         self.top = getattr(run.normalisation, "top", None)
         self.guides = run.guides
         self.scale = {name: run.description["data"]["intensity_scale"][name] for name in run.model.modalities}
         self.device = choose_device(conf.device)
         self.precision = inference_precision(conf.precision, self.device)
         mixed = (run.description["data"].get("mix") or {}).get("patients", ())
-        self.table: dict[str, Any] = {
+        self._said: dict[str, Any] = {
             "method": str(run.conf.name),
             "checkpoint": f"sha256:{run.digest()}",
             "store": self.real.name,
@@ -216,17 +185,36 @@ class _Cohort:
             "patients": sorted(
                 {self.real.subjects[id].patient for id in run.split.train}.union(mixed, self.method.patients(self.real))
             ),
-            "subjects": len(self.plan),
-            "slices": sum(len(planned.kept) for planned in self.plan),
             "manipulations": list(self.method.kinds),
             "seed": self.seed,
             "precision": self.precision,
             **self.method.settings,
-            "complete": True,
         }
 
-    def make(self, todo: list[Planned], output: Path) -> None:
-        """Makes subjects one after the other; one thread reads the next and one writes the last meanwhile."""
+    @property
+    def plan(self) -> list[Planned]:
+        """Its subjects."""
+        return plan_subjects(self.training, self._slices, seed=self.seed, without=self.exhausted, **self._wanted)
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """What ``generated.json`` says in the end."""
+        plan = self.plan
+        count = {"subjects": len(plan), "slices": sum(len(planned.kept) for planned in plan)}
+        exhausted = {"exhausted": dict(self.exhausted)} if self.exhausted else {}
+        return {**self._said, **count, **exhausted, "complete": True}
+
+    def missing(self, output: Path) -> list[Planned]:
+        """What of the plan is not in the output, or with other slices."""
+        there = {id: table["source"].get("slices") for id, table in read_subjects(output).items()}
+        return [planned for planned in self.plan if there.get(planned.id) != planned.slices]
+
+    def make(self, todo: list[Planned], output: Path) -> int:
+        """Makes subjects one after the other; one thread reads the next and one writes the last meanwhile.
+
+        Returns:
+            How many; the others are ``exhausted`` now.
+        """
         for network in self.method.networks:
             network.to(self.device)
         numbers = own_numbers(self.lookup)
@@ -236,19 +224,42 @@ class _Cohort:
             how, count, seconds = self.method.line(lesion, made), len(planned.kept), time.perf_counter() - started
             return f"{planned.id}: {how}, {count} slice{'s' * (count != 1)} in {seconds:.1f} s"
 
-        with ThreadPoolExecutor(2) as pool:
+        before = len(self.exhausted)
+        with ThreadPoolExecutor(2) as pool, _slices_bar() as bar:
+            line = bar.add_task("generating", total=sum(len(planned.kept) for planned in todo))
             writing: Future[str] | None = None
             reading = [pool.submit(self._read, planned) for planned in todo[:1]]
             for k, planned in enumerate(todo):
                 started = time.perf_counter()
                 lesion, maps = reading.pop().result()
                 reading = [pool.submit(self._read, following) for following in todo[k + 1 : k + 2]]
-                made = self._made(planned, maps)
-                if writing is not None:
-                    print(writing.result(), flush=True)
+                try:
+                    made = self._made(planned, maps)
+                except Exhausted as error:
+                    self._leave_out(planned, error, output)
+                    continue
+                finally:
+                    if writing is not None:
+                        print(writing.result(), flush=True)
+                    writing = None
+                self._in_vain = 0
                 writing = pool.submit(write, planned, lesion, made, started)
+                bar.advance(line, len(planned.kept))
             if writing is not None:
                 print(writing.result(), flush=True)
+        return len(todo) - (len(self.exhausted) - before)
+
+    def _leave_out(self, planned: Planned, error: Exhausted, output: Path) -> None:
+        """Goes on without a subject. Raises UserError once that was so of one of every donor, one after the other."""
+        self.exhausted[planned.id] = error.filters
+        self._in_vain += 1
+        if self._in_vain == len(self.training):
+            raise UserError(
+                f"{planned.id}: {error}. So it was with {self._in_vain} subjects in turn, as many as there are donors; "
+                f"what was finished before is in {output}"
+            ) from error
+        write_generated(output, {**self.table, "complete": False})
+        print(f"{planned.id}: left out; {error}", flush=True)
 
     def _read(self, planned: Planned) -> tuple[Lesion, LabelMaps]:
         lesion = draw_lesion(planned, self.training, self.lookup, kinds=self.method.kinds, seed=self.seed)
@@ -262,6 +273,8 @@ class _Cohort:
             with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, self.precision == "bf16-mixed"):
                 # One call a subject: it depends on no other.
                 made = next(iter(self.method.model.generate([there], generator_seed(planned, self.seed))))
+        except Exhausted:
+            raise
         except UserError as error:
             raise UserError(f"{planned.id}: {error}") from error
         except torch.OutOfMemoryError as error:
@@ -272,16 +285,6 @@ class _Cohort:
                 "try precision=32-true, then another checkpoint"
             )
         return replace(made, image=made.image.float().cpu(), label=made.label.cpu(), brain=made.brain.cpu())
-
-
-def _kinds(asked: Any) -> tuple[str, ...]:
-    kinds = KINDS if asked is None else OmegaConf.to_container(asked) if OmegaConf.is_list(asked) else [asked]
-    if unknown := [kind for kind in kinds if kind not in KINDS]:  # type: ignore[union-attr]
-        raise UserError(
-            f"manipulations: found {', '.join(map(str, unknown))}; expected some of [{', '.join(KINDS)}], or [] for "
-            "labels as they are"
-        )
-    return tuple(kind for kind in KINDS if kind in kinds)  # type: ignore[operator]
 
 
 def _real_store(run: Run, asked: Any) -> Store:
@@ -315,37 +318,17 @@ def _training(run: Run, store: Store) -> list[StoredSubject]:
     return subjects
 
 
-def _plan(conf: DictConfig, training: list[StoredSubject], sampling: SiteSlices, seed: int) -> list[Planned]:
+def _wanted(conf: DictConfig, training: Sequence[StoredSubject]) -> dict[str, int]:
+    """How many subjects or slices, as of ``plan_subjects``."""
     for key in ("subjects", "slices"):
         if conf[key] is not None and (type(conf[key]) is not int or conf[key] < 1):
             raise UserError(f"{key} is {conf[key]!r}; expected a whole number from 1 on, or null")
     if conf.subjects is not None and conf.slices is not None:
         raise UserError(f"subjects={conf.subjects} and slices={conf.slices} both say how many; give one of them")
-    if conf.slices is not None:
-        return plan_subjects(training, sampling, seed=seed, slices=conf.slices)
-    return plan_subjects(training, sampling, seed=seed, subjects=conf.subjects or len(training))
+    return {"slices": conf.slices} if conf.slices is not None else {"subjects": conf.subjects or len(training)}
 
 
-def _check_output(output: Path, earlier: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> None:
-    """Raises UserError where the output holds anything but the beginning of what is asked for."""
-    advice = "choose another output, or delete that folder"
-    if earlier is None:
-        if read_cohort(output) is not None:
-            raise UserError(f"output={output}: found a prepared cohort that mrgen-synthesize did not make; {advice}")
-        if others := sorted(path.name for path in output.iterdir() if path.name != ".lock"):
-            (output / ".lock").unlink(missing_ok=True)
-            raise UserError(f"output={output}: found {others[0]} there, expected an empty folder or a name for one")
-        return
-    said = {"prepared": "its real cohort was prepared anew since", "patients": "it was made from other patients"}
-    changed = [
-        said.get(key, f"{key} was {earlier.get(key)} and is now {value}")
-        for key, value in asked.items()
-        if key not in ("subjects", "slices", "complete") and earlier.get(key) != value
-    ]
-    if changed:
-        raise UserError(f"output={output} holds another synthetic cohort: {'; '.join(changed)}; {advice}")
-    if asked["slices"] < earlier["slices"]:
-        raise UserError(
-            f"output={output}: made for {earlier['subjects']} subjects of {earlier['slices']} slices, asked for "
-            f"{asked['subjects']} of {asked['slices']}; ask for as many or more, {advice}"
-        )
+def _slices_bar() -> Progress:
+    """Of the slices of a cohort; elsewhere than on a terminal it shows nothing."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(), disable=not sys.stdout.isatty(), transient=True)

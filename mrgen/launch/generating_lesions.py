@@ -20,10 +20,11 @@ from mrgen.papers.lesion_vaegan.cohort import LesionCohort, Segment, StructureMo
 from mrgen.papers.lesion_vaegan.filters import Selection
 from mrgen.protocols import Generated, Generator
 
-__all__ = ["LesionMethod", "lesion_settings"]
+__all__ = ["BOUNDS", "LesionMethod", "lesion_settings"]
 
 COUNTS = ("maps_drawn", "maps_accepted", "labels_drawn", "labels_accepted", "candidates", "kept")
 MEANS = ("dice", "mse")  # over candidates
+BOUNDS = ("map_tries", "dice_tries")  # of the selection; no draw depends on them
 
 
 def lesion_settings(conf: DictConfig) -> list[str]:
@@ -34,7 +35,7 @@ def lesion_settings(conf: DictConfig) -> list[str]:
 
 
 class LesionMethod:
-    """Both stages and the segmentors, as the cohort's generator (a ``mrgen.launch.generating._Method``).
+    """Both stages and the segmentors, as the cohort's generator (a ``mrgen.launch.generating.Method``).
 
     Args:
         run: of the second stage.
@@ -54,6 +55,7 @@ class LesionMethod:
                 "rotating, flipping, shifting and shrinking; leave manipulations out"
             )
         self.name = str(run.conf.name)
+        _check_real("checkpoint", conf.checkpoint, run)
         structure = _structure_run(run, conf.structure, slices)
         segmentors = None if conf.segmentors is None else _segmentors_run(run, conf.segmentors)
         self._others = [other for other in (structure, segmentors) if other is not None]
@@ -86,11 +88,15 @@ class LesionMethod:
     def line(self, lesion: Lesion, made: Generated) -> str:
         return _said(made.filters, self.selection)
 
-    def outcome(self, sources: Sequence[Mapping[str, Any]]) -> tuple[str, Mapping[str, Any]]:
-        told = [source["filters"] for source in sources]
+    def outcome(
+        self, sources: Sequence[Mapping[str, Any]], exhausted: Mapping[str, Mapping[str, float]]
+    ) -> tuple[str, Mapping[str, Any]]:
+        # With what was made in vain: means over kept subjects alone would flatter the generator.
+        told = [*(source["filters"] for source in sources), *exhausted.values()]
         total = {key: sum(one[key] for one in told) for key in COUNTS}
         total |= {key: sum(one[key] * one["candidates"] for one in told) / total["candidates"] for key in MEANS}
-        return _said(total, self.selection), {"filters": total}
+        said = f"{_said(total, self.selection)}, {len(exhausted)} donors left out" if exhausted else ""
+        return said or _said(total, self.selection), {"filters": {**total, "donors_without": len(exhausted)}}
 
 
 def _said(filters: Mapping[str, float], selection: Selection) -> str:
@@ -123,6 +129,7 @@ def _structure_run(run: Run, asked: Any, slices: SiteSlices) -> Run:
             "experiment=lesion_vaegan/structure"
         )
     structure.check_finished("structure", asked)
+    _check_real("structure", asked, structure)
     found, expected = (
         f"{' × '.join(map(str, size))} pixels on the scale {scale}"
         for size, scale in (
@@ -138,6 +145,15 @@ def _structure_run(run: Run, asked: Any, slices: SiteSlices) -> Run:
     return structure
 
 
+def _check_real(key: str, asked: Any, run: Run) -> None:
+    """Raises UserError for a run of a synthetic cohort: nobody could be told that the cohort's generator knows."""
+    if run.description["data"].get("synthetic"):
+        raise UserError(
+            f"{key}={asked}: {run.conf.name} was trained on a synthetic cohort, {run.conf.data.store}, expected a real "
+            "one; give a run that was trained on the scans themselves"
+        )
+
+
 def _segmentors_run(run: Run, asked: Any) -> Run:
     segmentors = load_run(asked)
     if not hasattr(segmentors.model, "segment_each"):
@@ -146,6 +162,7 @@ def _segmentors_run(run: Run, asked: Any) -> Run:
             "itself; give a run of the lesion VAE-GAN's segmentors, or leave segmentors out for the generator's own"
         )
     segmentors.check_finished("segmentors", asked)
+    _check_real("segmentors", asked, segmentors)
     data, own = segmentors.description["data"], run.description["data"]
     for key, needed in (("modalities", run.model.modalities), ("classes", own["classes"])):
         if list(data[key]) != list(needed):

@@ -125,6 +125,7 @@ def build_trainer(conf: DictConfig, run_dir: Path, *, callbacks: list[Callback],
 
 def _describe(conf: DictConfig, datamodule: CohortDataModule) -> dict[str, Any]:
     """What a checkpoint must say to be used without this run's folder: plain containers only."""
+    samples = datamodule.ordered_samples(conf.trainer.max_epochs)
     return {
         "version": __version__,
         "model": plain(conf.model),
@@ -135,7 +136,7 @@ def _describe(conf: DictConfig, datamodule: CohortDataModule) -> dict[str, Any]:
             "normalisation": plain(conf.data.normalisation),
             "box": list(datamodule.whole.size or ()),  # norms that use a volume's own statistics depend on it
             "intensity_scale": {name: list(datamodule.intensity_scale(name)) for name in datamodule.modalities},
-            "mix": datamodule.mix.describe(datamodule.real_slices()) if datamodule.mix else None,
+            "mix": datamodule.mix.describe(datamodule.real_slices(), samples) if datamodule.mix else None,
             "synthetic": datamodule.synthetic,  # the whole cohort is
             "slices": datamodule.real_slices() if isinstance(datamodule.sampling, SiteSlices) else None,
         },
@@ -225,11 +226,8 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
                 f"{last} holds another network than the config describes; a resumed run keeps its model"
             ) from error
     description = _describe(conf, datamodule)
-    if saved and saved[KEY]["data"].get("mix") != description["data"]["mix"]:  # other slices would be drawn
-        raise UserError(
-            f"{run_dir}: data.mix is another, or its store={conf.data.mix.store} is "
-            "not the cohort any more that this run was trained on; restore it, or train anew"
-        )
+    if saved:
+        _check_mix(conf, run_dir, saved[KEY]["data"].get("mix"), description["data"]["mix"])
     if saved:  # the atlas of the subjects that it was trained on
         datamodule.guides = load_guides(guides, run_dir)
     learned = datamodule.guides
@@ -263,6 +261,23 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
             )
         trainer.fit(model, datamodule=datamodule, ckpt_path=last if resumed_step >= 0 else None, weights_only=True)
     return run_dir
+
+
+def _check_mix(conf: DictConfig, run_dir: Path, old: dict[str, Any] | None, new: dict[str, Any] | None) -> None:
+    """Raises UserError where a resumed run would draw other slices, as far as its checkpoint tells."""
+    # Checkpoints from before a key was there know nothing of it.
+    changed = [key for key in old if (new or {}).get(key) != old[key]] if old else ["mix"] if new else []
+    if old and changed == ["samples"]:
+        raise UserError(
+            f"{run_dir}: data.mix.order={conf.data.mix.order} divided a training of {old['samples']} samples, and now "
+            f"it has {(new or {})['samples']}; resume with the trainer.max_epochs, data.batch_size and "
+            "data.steps_per_epoch that it began with, or train anew"
+        )
+    if changed:
+        raise UserError(
+            f"{run_dir}: data.mix is another, or its store={conf.data.mix.store} is "
+            "not the cohort any more that this run was trained on; restore it, or train anew"
+        )
 
 
 def _check_shapes(model: Any, datamodule: CohortDataModule) -> None:

@@ -90,6 +90,18 @@ def test_so_many_slices_are_whole_subjects_and_evenly_spread_ones_of_the_last(re
 # ----- whose lesion --------------------------------------------------------------------------------------------------
 
 
+def test_later_subjects_take_the_place_of_those_that_cannot_be_made(real):
+    """And keep their own number, of which all depends that is drawn."""
+    training = list(real.subjects.values())
+    plan = plan_subjects(training, CUT, seed=1, subjects=8)
+    without = {plan[1].id, plan[6].id}
+    left = [planned for planned in plan if planned.id not in without]
+    assert plan_subjects(training, CUT, seed=1, subjects=6, without=without) == left
+    trimmed = plan_subjects(training, CUT, seed=1, slices=15, without=without)
+    assert [len(planned.kept) for planned in trimmed] == [6, 6, 3]
+    assert [planned.id for planned in trimmed] == [planned.id for planned in left[:3]]
+
+
 def test_a_transplanted_lesion_is_another_patients_and_says_whose(real, lookup):
     """P's other visit has P's lesion, R's voxels have another size, and S has no lesion to give: Q is left."""
     drawn = draw_lesion(planned(real, "P_1"), list(real.subjects.values()), lookup, kinds=["transplant"], seed=0)

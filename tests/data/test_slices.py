@@ -222,6 +222,8 @@ def test_fifty_slices_of_155_are_trained_on_and_tested(name):
     for slices in (cut.training((240, 240, 155), "tcia"), cut.tested((240, 240, 155))):
         assert slices == range(55, 105)
     assert cut.training((160, 160, 103), None) == range(37, 70)  # the phantom's, at 1.5 mm
+    for height in (44, 52, 78, 155):
+        assert cut.tested((240, 240, height)) == cut.training((240, 240, height), None)
 
 
 def test_slices_are_whole_or_cut_as_the_authors_cut_the_stored_array():
@@ -243,4 +245,5 @@ def test_a_pair_of_shares_counts_from_below_and_above():
     cut = SiteSlices((16, 16), dropped={"GE3T": 0.25}, dropped_elsewhere=[0.5, 0.1], zeroed=(0.0, 0.31))
     assert cut.training((16, 16, 20), None) == range(10, 18)
     assert cut.training((16, 16, 20), "GE3T") == range(5, 15)
-    assert cut.tested((16, 16, 20)) == range(13)
+    assert cut.tested((16, 16, 20)) == range(14)
+    assert SiteSlices((16, 16), zeroed=0.31).tested((16, 16, 20)) == range(7, 13)  # one share: up

@@ -154,7 +154,7 @@ def test_networks_see_slices_padded_with_the_background_of_training(phantom_stor
     bright = Bright()
     _, subjects, _ = judged(phantom_store, {"bright": bright}, normalisation=normalisation)
     seen, subject = torch.cat(bright.saw)[:, 0], next(iter(subjects.values()))  # (Z, 56, 32)
-    assert seen.shape == (subject.shape[2], 56, 32)
+    assert seen.shape == (len(SLICES.tested(subject.shape)), 56, 32)  # and no slice that nothing is predicted in
     (x0, _), *_ = SLICES.box(subject.shape, None)
     assert seen[:, :-x0].unique().tolist() == [background]
     assert seen.unique().numel() > 100
@@ -191,16 +191,40 @@ def test_slices_that_are_not_judged_are_ignored(phantom_store):
     assert row["dice"] == pytest.approx(dice(predicted[..., 12:17], label[..., 12:17] == 2), abs=1e-6)
     assert row["slices"] == 5
     assert {line["slice"] for line in module.slices} <= set(range(12, 17))
+    (bright,) = (method.segmenter.model for method in module.methods)
+    assert sum(len(part) for part in bright.saw) == 5
+
+
+def test_the_picture_is_of_a_slice_that_is_judged(phantom_store):
+    _, _, (batch,) = judged(phantom_store, {"bright": Bright()})
+    areas = (batch["label"][0] > 0).sum((0, 1))
+    most = int(areas.argmax())
+    beside = range(most + 1, most + 4)
+    module, *_ = judged(phantom_store, {"bright": Bright()}, judged=lambda subject: beside)
+    (kept,), z = module.kept.values(), beside[int(areas[beside.start : beside.stop].argmax())]
+    assert torch.equal(kept["label"], batch["label"][0, ..., z])
+    assert kept["predicted"]["bright"].any()
+
+
+def test_measures_are_those_that_are_wanted_and_their_numbers_the_same(phantom_store):
+    full, few = (
+        judged(phantom_store, {"bright": Bright()}, **measures)[0] for measures in ({}, {"measures": ("dice",)})
+    )
+    left_out = {f"{place}{key}" for place in ("", "slice_") for key in ("hd95", "sensitivity", "specificity")}
+    for one, other in ((full.rows, few.rows), (full.slices, few.slices)):
+        assert other == [{key: row[key] for key in row.keys() - left_out - {"slice_hd95_both"}} for row in one]
 
 
 class Each(Bright):
-    """Labels slices from each sequence by itself; keeps how many it was shown at a time."""
+    """Labels slices from each sequence by itself as well; keeps how many it was shown at a time."""
 
     sources = ("flair", "t1")
 
-    def segment_each(self, volumes):
-        self.saw.append(len(volumes["t1"]))
-        return {name: torch.where(image[:, 0] > self.above, self.number, 0) for name, image in volumes.items()}
+    def segment_all(self, volumes):
+        together = self.segment(volumes)
+        self.saw[-1] = volumes["t1"].shape[-1]
+        each = {name: torch.where(image[:, 0] > self.above, self.number, 0) for name, image in volumes.items()}
+        return together, each
 
 
 def test_what_labels_each_sequence_is_judged_by_maps_of_label_numbers(phantom_store):
@@ -225,5 +249,12 @@ def test_what_labels_each_sequence_is_judged_by_maps_of_label_numbers(phantom_st
         assert row["slices"] == len(shown)
         assert row["index_dice"] == pytest.approx(float(index_dice(*maps).mean()), abs=1e-6)
         assert row["index_mse"] == pytest.approx(float(index_mse(*maps).mean()), abs=1e-6)
-    assert max(n for n in each.saw if isinstance(n, int)) <= 8  # no more slices at a time than of other passes
-    assert row_of(module, "edema")["input"] == "row-1"  # and by its labels in volumes as all others
+    assert max(each.saw) <= 8  # no more slices at a time than of other passes
+    assert sum(each.saw) == len(slices.tested(subject.shape))  # each of them once
+
+
+def test_what_labels_each_sequence_is_judged_in_volumes_as_all_others(phantom_store):
+    slices = SiteSlices(size=(56, 32), dropped_elsewhere=0.1, zeroed=0.2)  # trained on more than is tested
+    by_each, by_all = (judged(phantom_store, {"x": model}, slices=slices)[0] for model in (Each(), Bright()))
+    assert by_each.rows == by_all.rows
+    assert by_each.indices[0]["slices"] == len(slices.training(next(iter(by_each.subjects.values())).shape, None))

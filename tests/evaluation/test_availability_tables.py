@@ -181,8 +181,16 @@ def test_other_tables(tables):
     assert other[4].startswith("-0.2")
     assert [line[0] for line in tables["training"].rows] == ["row-1", "row-3"]
     assert "no p can fall below 0.031" in " ".join(tables["patients"].notes)  # 4 tests, 8 patients
-    notes = " ".join(tables["training"].notes)
-    assert "NOT TRAINED EQUALLY LONG, as the study wants it (900 steps): row-3." in notes
+
+
+def test_unequal_steps_are_told_first_below_table_2(tables):
+    said = "NOT equal: optimiser steps. row-1 was trained for 900, row-3 800."
+    assert tables["table 2"].notes[0] == said
+    assert said in tables["training"].notes
+
+
+def test_claims_say_that_their_means_are_not_those_of_table_2(tables):
+    assert "means over n patients of all runs of a row: they may differ from Table 2's" in tables["claims"].notes[0]
 
 
 def test_every_table_fits_a_page_of_200_columns(tables, capsys):

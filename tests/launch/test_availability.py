@@ -17,7 +17,7 @@ from mrgen.data.generated import synthetic_layout
 from mrgen.data.splits import Split
 from mrgen.data.store import Store, write_cohort, write_subject
 from mrgen.errors import UserError
-from mrgen.launch.availability import judge_availability
+from mrgen.launch.availability import _judged_cohort, judge_availability
 from mrgen.launch.paths import CONF_DIR
 from mrgen.launch.runs import load_run
 from mrgen.launch.training import train
@@ -142,7 +142,7 @@ def test_rows_are_judged_beside_the_papers(tmp_path: Path, runs: list[Path], coh
     real, synthetic = cells(text, "Table 1")
     assert real[:4] == ["4 SEG", "real", "test subjects", "row-1, 2 runs"]
     assert synthetic == [
-        *("4 SEG", "30 synthetic, 15 kept", "synthetic_generation", "the generator's own"),
+        *("4 SEG", "30 synthetic, 15 kept", "synthetic_generation", "its own teachers"),
         *("0.051", "0.812", "0.043", "0.838"),
     ]
     assert [row[0] for row in cells(text, "the paper's claims")] == ["row-3 < row-1", "row-25 is best of 3 rows"]
@@ -150,12 +150,27 @@ def test_rows_are_judged_beside_the_papers(tmp_path: Path, runs: list[Path], coh
     count = training["row-1"][0]
     assert training["row-25"] == [count, count, "0", "synthetic_first"]
     assert "20 and 80 %" in text  # the caution
-    assert "NOT TRAINED EQUALLY" not in text
+    assert "CIRCULAR" in text
+    assert "NOT equal" not in text
+    assert {"dice", "slice_dice"} <= rows(out / "subjects.csv")[0].keys()
+    assert not {"hd95", "sensitivity", "slice_hd95_both"} & rows(out / "subjects.csv")[0].keys()
     assert "SYNTHETIC SLICES ARE OF 2 COHORTS, and so differ in more than amount: row-25; row-3." in text
     assert str(runs[0].parent) not in text  # no place on this machine
     for file in ("study", "segmentation", "structure-synthetic_generation", "cohort-synthetic_generation"):
         assert (out / f"{file}.png").stat().st_size > 1000
     assert "Table 2" in capsys.readouterr().out
+
+
+def test_table_1_says_who_judged_a_cohort(tmp_path: Path, first: Path, cohort: Path):
+    runs = {"row-1": load_run(first)}
+    known = f"sha256:{runs['row-1'].digest()}"
+    for name, segmentors, judge in (
+        ("known", known, "row-1"),
+        ("other", f"sha256:{'0123456789' * 6}abcd", "checkpoint sha256:01234567…"),
+    ):
+        store = Store(recorded(cohort, tmp_path / name, segmentors=segmentors))
+        assert _judged_cohort(name, store, runs)["judge"] == judge
+    assert _judged_cohort("own", Store(cohort), runs)["judge"] == "its own teachers"
 
 
 def test_regions_are_of_the_label_map_and_the_mean_score(tmp_path: Path, runs: list[Path], phantom_store: Path):

@@ -1,15 +1,20 @@
 """The 25 mixes of Table 2: one number chooses amounts, order and store; enhancement keeps a slice a slice."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import torchio as tio
 import yaml
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from mrgen.data.dataset import augmented
 from mrgen.errors import UserError
+from mrgen.launch import training
 from mrgen.launch.instantiate import instantiate, plain
 from mrgen.launch.paths import CONF_DIR
 from mrgen.launch.training import train
@@ -67,6 +72,36 @@ def test_a_row_that_there_is_not_is_one_sentence(mrgen: Callable[..., Called], p
     assert called.code == 1
     assert called.message.startswith("row=26: found no such row; expected one of 1, 2, 3, ")
     assert "interpolation" not in called.message
+
+
+def test_all_rows_are_one_range():
+    """As the documentation sweeps them."""
+    jobs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(["row=range(1,26)"]), None)[0]
+    assert jobs == [[f"row={row}"] for row in range(1, 26)]
+
+
+OLD = {"method": "samr", "fraction": 1.0, "equal_steps": False, "real_slices": 9, "patients": [], "made": None}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (OLD, {**OLD, "real": 1.0, "order": "random", "samples": None}, None),  # from before there were orders
+        (None, None, None),
+        (OLD, {**OLD, "fraction": 0.5}, r"data\.mix is another"),
+        (None, OLD, r"data\.mix is another"),
+        (OLD, None, r"data\.mix is another"),
+        (
+            {**OLD, "samples": 900},
+            {**OLD, "samples": 1800},
+            r"order=real_first divided a training of 900 samples, and now it has 1800; resume with the trainer\.max_ep",
+        ),
+    ],
+)
+def test_a_resumed_run_draws_the_slices_that_its_checkpoint_tells_of(old, new, said: str | None):
+    conf = OmegaConf.create({"data": {"mix": {"store": "s", "order": "real_first"}}})
+    with nullcontext() if said is None else pytest.raises(UserError, match=said):
+        training._check_mix(conf, Path("run"), old, new)
 
 
 def test_enhancement_moves_image_label_and_brain_together():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from mrgen.data.normalisation import MinMax, stored_statistics
 from mrgen.data.store import Store
 from mrgen.errors import UserError
 from mrgen.launch import generating
+from mrgen.launch.generating_lesions import COUNTS
 from mrgen.launch.runs import load_run
 from mrgen.launch.synthesizing import synthesize
 from mrgen.launch.training import train
+from mrgen.papers.lesion_vaegan.cohort import Exhausted
 from mrgen.papers.lesion_vaegan.filters import Selection
 from mrgen.papers.lesion_vaegan.structure import StructureVAEGAN
 from tests.launch.tools import CPU, composed
@@ -206,6 +209,86 @@ def test_donors_without_lesion_are_left_out(generation: Path, structure: Path, p
         made(generation, structure, tmp_path / "other", *where)
 
 
+@pytest.fixture
+def hopeless(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Numbers of subjects that no filter lets pass, after eight slices of Dice 0.5."""
+    numbers: set[int] = set()
+    make = generating._Cohort._made
+    filters = {**dict.fromkeys(COUNTS, 8), "kept": 0, "dice": 0.5, "mse": 1.0}
+
+    def made_or_not(self, planned, maps):
+        if planned.number in numbers:
+            raise Exhausted("the segmentors agree with 0 of 8 slices", filters)
+        return make(self, planned, maps)
+
+    monkeypatch.setattr(generating._Cohort, "_made", made_or_not)
+    return numbers
+
+
+@pytest.mark.usefixtures("brains")
+def test_another_donor_takes_the_place_of_one_with_whom_nothing_passes(
+    generation: Path, structure: Path, hopeless: set[int], tmp_path: Path, capsys
+):
+    """Whose slices count among what was made; and who was left out is left out when the cohort grows."""
+    hopeless |= {1, 3}
+    store = made(generation, structure, tmp_path / "out", "subjects=2", BEST)
+    numbers = [source["number"] for source in sources(store)]
+    assert numbers == [0, 2]
+    out = capsys.readouterr().out.splitlines()
+    (left_out,) = [line for line in out if "left out; the segmentors agree with 0 of 8 slices" in line]
+    assert out[-1].startswith("2 made, 0 skipped; 2 subjects of ")
+    assert ", 1 donors left out: " in out[-1]
+    table = read_generated(store.path)
+    assert table is not None
+    assert (table["complete"], table["subjects"], list(table["exhausted"])) == (True, 2, [left_out.partition(":")[0]])
+    told = [source["filters"] for source in sources(store)]
+    filters = table["filters"]
+    assert filters["donors_without"] == 1
+    assert filters["candidates"] == sum(one["candidates"] for one in told) + 8
+    assert filters["dice"] == pytest.approx(
+        (sum(one["dice"] * one["candidates"] for one in told) + 4) / filters["candidates"]
+    )
+    per_subject = table["slices"] // 2
+    grown = made(generation, structure, store.path, f"slices={3 * per_subject}", BEST, "selection.dice_tries=99")
+    assert [source["number"] for source in sources(grown)] == [0, 2, 4]
+    assert "1 made, 2 skipped" in capsys.readouterr().out
+    hopeless.clear()  # nobody is tried again whose place was taken
+    made(generation, structure, store.path, f"slices={3 * per_subject}", BEST)
+    assert "0 made, 3 skipped" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("brains")
+def test_where_no_donor_is_left_that_is_said_and_more_tries_go_on(
+    generation: Path, structure: Path, hopeless: set[int], tmp_path: Path, capsys
+):
+    hopeless |= set(range(1, 7))
+    with pytest.raises(UserError, match=r"syn0006_.*: the segmentors agree with 0 of 8 .* with 6 subjects in turn"):
+        made(generation, structure, tmp_path / "out", "subjects=2", BEST)
+    assert not (read_generated(tmp_path / "out") or {})["complete"]
+    hopeless.clear()
+    more = ("selection.dice_tries=40", "selection.map_tries=100")
+    store = made(generation, structure, tmp_path / "out", "subjects=2", BEST, *more)
+    assert [source["number"] for source in sources(store)] == [0, 6]
+    table = read_generated(store.path)
+    assert table is not None
+    assert (table["selection"]["dice_tries"], table["filters"]["donors_without"]) == (40, 5)
+    assert "1 made, 1 skipped" in capsys.readouterr().out
+    with pytest.raises(UserError, match="holds another synthetic cohort: selection was"):
+        made(generation, structure, tmp_path / "out", "subjects=2", BEST, "selection.label_tries=51")
+
+
+@pytest.mark.usefixtures("brains")
+def test_a_terminal_shows_a_bar_of_slices(
+    generation: Path, structure: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    store = made(generation, structure, tmp_path / "out", "subjects=1", BEST)
+    count = next(iter(store.subjects.values())).shape[2]
+    out = capsys.readouterr().out
+    assert f"{count}/{count}" in out
+    assert "1 made, 0 skipped" in out
+
+
 # ----- what the filters refuse ---------------------------------------------------------------------------------------
 
 
@@ -218,14 +301,14 @@ def test_untrained_structure_maps_do_not_pass(generation: Path, structure: Path,
     table = read_generated(tmp_path / "out")
     assert table is not None
     assert not table["complete"]
-    said = r"syn0000_.*: random lesion labels fit 0 of \d+ generated brains"
+    said = r"syn0005_.*: random lesion labels fit 0 of \d+ generated brains.* So it was with 6 subjects in turn"
     with pytest.raises(UserError, match=said):
         made(generation, structure, tmp_path / "other", *few, "selection.outline_error=1")
 
 
 @pytest.mark.usefixtures("brains")
 def test_segmentors_that_find_nothing_refuse_all(generation: Path, structure: Path, tmp_path: Path):
-    said = r"syn0000_.*: the segmentors agree with 0 of \d+ slices, where \d+ are wanted; the best Dice is 0\.\d+"
+    said = r"syn0005_.*: the segmentors agree with 0 of \d+ slices, where \d+ are wanted; the best Dice is 0\.\d+"
     with pytest.raises(UserError, match=said):
         made(generation, structure, tmp_path / "out", "selection.dice_tries=1")
 
@@ -308,14 +391,20 @@ def test_runs_that_do_not_fit_each_other_are_refused(
     def other_classes(description: dict) -> None:
         description["data"]["classes"] = ["background", "lesion"]
 
+    def made_up(description: dict) -> None:
+        description["data"]["synthetic"] = True
+
     copies = {
         change.__name__: described(segmentors, tmp_path / change.__name__, change)
-        for change in (other_scale, mixed, other_classes)
+        for change in (other_scale, mixed, other_classes, made_up)
     }
+    drawn = described(structure, tmp_path / "drawn", made_up)
     scaled = described(structure, tmp_path / "scaled", other_scale)
     for override, said in (
         (f"structure='{scaled}'", r"draws maps of 40 × 48 pixels on the scale zscore, expected 40 × 48 .* scale unit"),
         (f"segmentors='{copies['other_scale']}'", "trained on the scale zscore, expected unit"),
+        (f"segmentors='{copies['made_up']}'", "segmentors was trained on a synthetic cohort, .*, expected a real one"),
+        (f"structure='{drawn}'", "structure was trained on a synthetic cohort, .*, expected a real one"),
         (f"segmentors='{copies['mixed']}'", "trained on 20 synthetic slices, expected real ones alone"),
         (f"segmentors='{copies['other_classes']}'", r"its classes are \['background', 'lesion'\], expected"),
     ):

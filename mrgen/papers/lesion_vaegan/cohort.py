@@ -21,7 +21,7 @@ from mrgen.papers.lesion_vaegan.labels import RandomLabel, random_label
 from mrgen.papers.lesion_vaegan.maps import fits
 from mrgen.protocols import Generated, LabelMaps
 
-__all__ = ["LesionCohort", "LesionGenerator", "Segment", "StructureModel"]
+__all__ = ["Exhausted", "LesionCohort", "LesionGenerator", "Segment", "StructureModel"]
 
 SLICES = 16  # that are computed at once
 
@@ -60,6 +60,18 @@ class LesionGenerator(Protocol):
         ...
 
 
+class Exhausted(UserError):
+    """The tries ran out on one donor's lesions; another donor's may pass.
+
+    Attributes:
+        filters: what was drawn in vain, as of ``Generated.filters``.
+    """
+
+    def __init__(self, message: str, filters: dict[str, float]):
+        super().__init__(message)
+        self.filters = filters
+
+
 # ----- the procedure -------------------------------------------------------------------------------------------------
 
 
@@ -83,22 +95,24 @@ class _Tally:
     labels_drawn: int = 0
     labels_accepted: int = 0
     candidates: int = 0
+    kept: int = 0
     dice: float = 0.0
     mse: float = 0.0
     least_error: float = math.inf
     most_dice: float = 0.0
 
-    def filters(self, kept: int) -> dict[str, float]:
+    def filters(self) -> dict[str, float]:
         """As of ``Generated.filters``."""
+        made = max(self.candidates, 1)
         return {
             "maps_drawn": self.maps_drawn,
             "maps_accepted": self.maps_accepted,
             "labels_drawn": self.labels_drawn,
             "labels_accepted": self.labels_accepted,
             "candidates": self.candidates,
-            "kept": kept,
-            "dice": self.dice / self.candidates,
-            "mse": self.mse / self.candidates,
+            "kept": self.kept,
+            "dice": self.dice / made,
+            "mse": self.mse / made,
         }
 
 
@@ -137,7 +151,8 @@ class LesionCohort:
             Subjects on the processor, with ``structure``, ``records`` and ``filters``; image 0 to 1.
 
         Raises:
-            UserError: a donor without lesion, or a filter that rejects too much; says which.
+            Exhausted: labels that do not fit, or segmentors that do not agree, which depends on the donor.
+            UserError: a donor without lesion, or structure maps of which Algorithm 3 rejects too many.
         """
         for k, maps in enumerate(labels):
             # 255, what no metric looks at, is no lesion that could be asked for.
@@ -158,21 +173,23 @@ class LesionCohort:
         most = wanted * self.selection.dice_tries if best is None else math.ceil(wanted / best)
         kept: list[_Slice] = []
         while tally.candidates < most and (best is not None or len(kept) < wanted):
-            count = most if best is not None else _needed(wanted - len(kept), len(kept), tally.candidates)
-            count = min(count, most - tally.candidates, SLICES)
-            made = self._made(self._drawn(count, pool, rng, codes, device, tally), tally, device)
+            # No batch depends on a bound on the tries, so that one can be raised and all else stays as it was.
+            left = wanted - len(kept)
+            count = most - tally.candidates if best is not None else _needed(left, len(kept), tally.candidates)
+            made = self._made(self._drawn(min(count, SLICES), pool, rng, codes, device, tally), tally, device)
             if best is None:
                 kept += [one for one in made if one.told["dice"] >= self.selection.dice]
             else:  # no more are held than are wanted
                 kept = sorted([*kept, *made], key=lambda one: -one.told["dice"])[:wanted]
+            tally.kept = len(kept)
         if len(kept) < wanted:
-            raise UserError(
+            raise Exhausted(
                 f"the segmentors agree with {len(kept)} of {tally.candidates} slices, where {wanted} are wanted; the "
                 f"best Dice is {tally.most_dice:.3f}, selection.dice={self.selection.dice:g}; train the generator "
-                "longer, lower selection.dice, raise selection.dice_tries, or keep the best share of all: "
-                "selection.best=0.5"
+                "longer, lower selection.dice, go on with a higher selection.dice_tries, or keep the best share of "
+                "all: selection.best=0.5",
+                tally.filters(),
             )
-        passed = len(kept)
         kept = sorted(kept[:wanted], key=lambda one: one.told["candidate"])
         for one in kept:
             one.told["lesion_of"] = places[one.told["lesion_of"]]
@@ -182,7 +199,7 @@ class LesionCohort:
             brain=torch.stack([one.outside == 0 for one in kept]),
             structure=torch.stack([one.structure > 0 for one in kept]),
             records=[one.told for one in kept],
-            filters=tally.filters(passed),
+            filters=tally.filters(),
         )
 
     def _drawn(
@@ -198,10 +215,10 @@ class LesionCohort:
         found: list[_Slice] = []
         budget = (tally.candidates + count) * self.selection.map_tries
         while len(found) < count:
-            if (left := budget - tally.maps_drawn) <= 0:
+            if tally.maps_drawn >= budget:
                 raise self._exhausted(tally)
             asked = _needed(count - len(found), tally.labels_accepted, tally.maps_drawn)
-            maps = self.structure.draw(min(asked, left, SLICES), codes)
+            maps = self.structure.draw(min(asked, SLICES), codes)
             mask = self.structure.mask(maps)
             errors = outline_error(maps, mask)
             passed = errors <= self.selection.outline_error
@@ -271,11 +288,12 @@ class LesionCohort:
             return UserError(
                 f"Algorithm 3 accepts {accepted} of {drawn} structure maps; their least outline error is "
                 f"{tally.least_error:.3f}, selection.outline_error={chosen.outline_error:g}; train the structure "
-                "VAE-GAN longer, or raise selection.outline_error or selection.map_tries"
+                "VAE-GAN longer, raise selection.outline_error, or go on with a higher selection.map_tries"
             )
-        return UserError(
+        return Exhausted(
             f"random lesion labels fit {fitted} of {accepted} generated brains, with selection.label_tries="
-            f"{chosen.label_tries} on each; raise it, or train the structure VAE-GAN longer if its brains are small"
+            f"{chosen.label_tries} on each; raise it, or train the structure VAE-GAN longer if its brains are small",
+            tally.filters(),
         )
 
 

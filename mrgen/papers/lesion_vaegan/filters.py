@@ -15,7 +15,8 @@ from mrgen.metrics.segmentation import index_dice, index_mse
 __all__ = ["Selection", "agreement", "filled_outside", "outline_error"]
 
 BLUR = np.outer([1, 2, 1], [1, 2, 1]) / 16  # OpenCV's Gaussian of 3 × 3
-LINE = 0.2  # of a blurred map: the least line and its neighbours are above it, and so is a gap of one pixel in it
+# Of a blurred map, ours: the least line and its neighbours are above it, and so is a gap of one pixel in it.
+LINE = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +26,13 @@ class Selection:
     Attributes:
         outline_error: the most that MASK and the filled outline of a structure map may differ, see ``outline_error``.
         realness: maps pass as well whose mean of D_f is so high; None leaves that out.
-        map_tries: structure maps that are drawn for each slice, at most and on average over a subject.
+        map_tries: structure maps for each slice, on average over a subject, after which no further ones are drawn.
         label_tries: random labels that are tried on each map.
         dice: the least mean Dice of what the segmentors find, see ``agreement``.
-        dice_tries: slices that are made for each that is kept, at most and on average over a subject.
+        dice_tries: slices made for each that is wanted, on average over a subject, after which no further ones are.
         best: in place of ``dice``: this share of the slices is kept, those with the highest Dice.
+
+    What is drawn depends on all but ``map_tries`` and ``dice_tries``, which say when to give up.
 
     Raises:
         UserError: a number out of its range.

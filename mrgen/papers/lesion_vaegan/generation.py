@@ -29,7 +29,8 @@ from mrgen.nets.lesion_vaegan import (
 )
 from mrgen.papers.lesion_vaegan.generator import Generator, Made, Real
 from mrgen.papers.lesion_vaegan.maps import fits, outside, outside_lesion, structure_map
-from mrgen.papers.lesion_vaegan.segmentors import lesion_loss
+from mrgen.papers.lesion_vaegan.segmentors import check_class_weights, lesion_loss
+from mrgen.papers.lesion_vaegan.structure import check_weights
 
 __all__ = ["LesionVAEGAN"]
 
@@ -74,7 +75,8 @@ class LesionVAEGAN(LightningModule):
     """Generator, discriminators and segmentors, stepped together from one forward pass, as in the authors' code.
 
     Trains with manual optimisation: Lightning counts three steps a batch, so that epochs should end the training, and
-    neither clips gradients nor accumulates them. Several devices need ``strategy=ddp_find_unused_parameters_true``.
+    neither clips gradients nor accumulates them. Several devices need nothing but ``trainer=ddp`` as long as no weight
+    leaves a whole network out.
 
     Args:
         modalities: the sequences, two or more.
@@ -132,14 +134,20 @@ class LesionVAEGAN(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         terms = (*DISCRIMINATOR, *GENERATOR, *SEGMENTOR)
-        if wrong := sorted(set(weights) ^ set(terms)):
-            raise ValueError(f"weights: {', '.join(wrong)} unknown or missing; expected all of {', '.join(terms)}")
+        check_weights(weights, terms)
+        if not (tau > 0 and expand >= 0 and 0 <= label_share <= 1):
+            raise ValueError(
+                f"tau is {tau}, expand {expand} and label_share {label_share}; expected tau above 0, expand from "
+                "0 on and label_share from 0 to 1"
+            )
         if len(modalities) < 2 or len(classes) < 2:
             raise ValueError(
                 f"modalities are {list(modalities)} and classes {list(classes)}; expected two sequences or more, and "
                 "no lesion and one class of lesion or more"
             )
         self.modalities, self.classes, self.weights = tuple(modalities), tuple(classes), dict(weights)
+        check_class_weights(lesion1_class_weights)
+        check_class_weights(lesion2_class_weights)
         self.lesion1: dict[str, Any] = {
             "class_weights": list(lesion1_class_weights),
             "index_weight": lesion1_index_weight,
@@ -314,7 +322,7 @@ class LesionVAEGAN(LightningModule):
         made: list[tuple[Tensor, Tensor, Tensor]] = []
         for part, label in zip(stacked.split(SLICES, dim=1), batch["label"].split(SLICES), strict=True):
             code = self.generator.encode(part)
-            pairs = self.generator.decode(code[[j for j, _ in self.pairs]], [i for _, i in self.pairs])
+            pairs = torch.cat([self.generator.decode(code[[j]], [i]) for j, i in self.pairs])  # (P, b, 1, X, Y)
             structure = structure_map(part[0], self.beta, self.tau) * outside_lesion(label)
             synthetic = self.synthesise(structure, label)[:, :, None].transpose(0, 1)
             made.append((self.generator.decode(code, range(sequences)), pairs, synthetic))

@@ -18,7 +18,7 @@ from mrgen.metrics.segmentation import index_dice, index_mse
 from mrgen.nets.lesion_vaegan import LesionSegmentors, Scheme
 from mrgen.protocols import Segmentation, Volumes
 
-__all__ = ["LesionSegmentation", "lesion_loss"]
+__all__ = ["LesionSegmentation", "check_class_weights", "lesion_loss"]
 
 
 def lesion_loss(scores: Tensor, label: Tensor, class_weights: Sequence[float], index_weight: float) -> Tensor:
@@ -42,6 +42,12 @@ def lesion_loss(scores: Tensor, label: Tensor, class_weights: Sequence[float], i
     index = (scores * numbers).sum(dim=2) / scores.sum(dim=2).clamp(min=1e-6)  # (C, B, X, Y)
     off = ((index - label).square() * known[..., 0, :, :]).mean() / max(classes - 1, 1) ** 2
     return len(scores) * ((error * weights).sum(dim=2).mean() + index_weight * off)
+
+
+def check_class_weights(weights: Sequence[float]) -> None:
+    """Raises ValueError for none, and for negative ones."""
+    if not weights or min(weights) < 0:
+        raise ValueError(f"class_weights are {list(weights)}; expected one number from 0 on, or more")
 
 
 class LesionSegmentation(LightningModule):
@@ -76,6 +82,7 @@ class LesionSegmentation(LightningModule):
         betas: Sequence[float] = (0.5, 0.999),
     ):
         super().__init__()
+        check_class_weights(class_weights)
         self.modalities = self.sources = tuple(modalities)
         self.classes = tuple(classes)
         self.scheme = scheme
@@ -128,9 +135,15 @@ class LesionSegmentation(LightningModule):
 
     def segment(self, volumes: Volumes) -> Segmentation:
         """Labels of the mean score over the sequences, and these scores over their sum."""
-        scores = self._scores(volumes).mean(dim=0)
-        return Segmentation(labels=scores.argmax(dim=1), probabilities=F.normalize(scores, p=1.0, dim=1))
+        return self.segment_all(volumes)[0]
 
     def segment_each(self, volumes: Volumes) -> dict[str, Tensor]:
         """By sequence, the labels (B, X, Y[, Z]) that it shows by itself, as the paper judges them (section 3.4)."""
-        return dict(zip(self.sources, self._scores(volumes).argmax(dim=2), strict=True))
+        return self.segment_all(volumes)[1]
+
+    def segment_all(self, volumes: Volumes) -> tuple[Segmentation, dict[str, Tensor]]:
+        """What ``segment`` and ``segment_each`` answer, of one pass."""
+        scores = self._scores(volumes)  # (C, B, classes, X, Y[, Z])
+        mean = scores.mean(dim=0)
+        together = Segmentation(labels=mean.argmax(dim=1), probabilities=F.normalize(mean, p=1.0, dim=1))
+        return together, dict(zip(self.sources, scores.argmax(dim=2), strict=True))

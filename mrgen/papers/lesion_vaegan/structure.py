@@ -35,7 +35,7 @@ from mrgen.nets.lesion_vaegan import (
 from mrgen.nets.pix2pix import as_in_training
 from mrgen.papers.lesion_vaegan.maps import outside, outside_lesion, straight_through, structure_map
 
-__all__ = ["TERMS", "StructureVAEGAN"]
+__all__ = ["TERMS", "StructureVAEGAN", "check_weights"]
 
 SLICES = 16  # that are computed at once where there are no gradients
 
@@ -63,7 +63,8 @@ class StructureVAEGAN(LightningModule):
 
     Trains with manual optimisation: three optimisers, {EC_f, DC_f}, {MASK} and {D_f, FD_f}, step together from one
     forward and one backward pass, which no term takes to parameters of two of them. Lightning counts three steps a
-    batch, so that epochs should end the training, and neither clips gradients nor accumulates them.
+    batch, so that epochs should end the training, and neither clips gradients nor accumulates them. Several devices
+    need nothing but ``trainer=ddp``: every parameter has a gradient in every step.
 
     Args:
         modalities: the batch's sequences, in order.
@@ -124,7 +125,7 @@ class StructureVAEGAN(LightningModule):
             raise UserError(f"model.deviation is {deviation}; expected a number above 0; change it")
         if not 1 <= halvings <= 5:
             raise UserError(f"model.halvings is {halvings}; expected a whole number from 1 to 5; change it")
-        _check_weights(weights)
+        check_weights(weights, TERMS)
         self.modalities, self.size, self.latent = tuple(modalities), (int(size[0]), int(size[1])), latent
         self.weights = {name: float(weights[name]) for name in TERMS}
         self.beta, self.expand, self.lr, self.betas = beta, expand, lr, (betas[0], betas[1])
@@ -318,14 +319,14 @@ class StructureVAEGAN(LightningModule):
         return torch.cat([self.judge_maps(part).mean(dim=(1, 2, 3)) for part in maps.split(SLICES)])
 
 
-def _check_weights(weights: Mapping[str, Any]) -> None:
+def check_weights(weights: Mapping[str, Any], terms: Sequence[str]) -> None:
     """Raises UserError for anything but a number from 0 on for every term."""
-    missing, unknown = [name for name in TERMS if name not in weights], [name for name in weights if name not in TERMS]
+    missing, unknown = [name for name in terms if name not in weights], [name for name in weights if name not in terms]
     if missing or unknown:
         found = "; ".join(
             f"{what} {', '.join(names)}" for what, names in (("lacks", missing), ("has also", unknown)) if names
         )
-        raise UserError(f"model.weights {found}; expected one weight for each of {', '.join(TERMS)}")
+        raise UserError(f"model.weights {found}; expected one weight for each of {', '.join(terms)}")
     for name, weight in weights.items():
         if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
             raise UserError(f"model.weights.{name} is {weight!r}; expected a number from 0 on")

@@ -1,14 +1,17 @@
 """The filters of a synthetic cohort, each with stand-ins for the networks that let it reject or accept."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from mrgen.errors import UserError
-from mrgen.papers.lesion_vaegan.cohort import LesionCohort, LesionGenerator, StructureModel
+from mrgen.papers.lesion_vaegan.cohort import Exhausted, LesionCohort, LesionGenerator, StructureModel
 from mrgen.papers.lesion_vaegan.filters import Selection, agreement, filled_outside, outline_error
 from mrgen.protocols import Generator, LabelMaps
 
+SLICES = 16  # at once
 N = 40  # pixels along each axis
 
 
@@ -123,10 +126,14 @@ def test_maps_with_open_outlines_are_drawn_again():
 
 def test_outlines_that_are_always_open_end_with_the_least_error():
     broken = Circles(every=1)
-    with pytest.raises(UserError, match=r"Algorithm 3 accepts 0 of 250 structure maps; their least outline error is 0"):
+    with pytest.raises(
+        UserError, match=r"Algorithm 3 accepts 0 of 2\d\d structure maps; their least outline error is 0"
+    ):
         only(cohort(broken))
-    assert broken.drawn == 250  # 50 for each of 5 slices
-    with pytest.raises(UserError, match="Algorithm 3 accepts 0 of 15 structure maps"):
+    assert 250 <= broken.drawn < 250 + SLICES  # 50 for each of 5 slices, and what is drawn at once is finished
+    with pytest.raises(
+        UserError, match=r"Algorithm 3 accepts 0 of 21 structure maps; .* a higher selection\.map_tries"
+    ):
         only(cohort(Circles(every=1), map_tries=3))
 
 
@@ -153,8 +160,11 @@ def test_lesions_lie_within_the_brain():
 
 
 def test_labels_that_never_fit_say_so():
-    with pytest.raises(UserError, match=r"labels fit 0 of 250 generated brains, with selection\.label_tries=2 on each"):
+    said = r"labels fit 0 of 2\d\d generated brains, with selection\.label_tries=2 on each"
+    with pytest.raises(Exhausted, match=said) as caught:
         only(cohort(Circles(radius=3), outline_error=0.1, label_tries=2), labels(lesion=(8, 32)))
+    assert caught.value.filters["labels_drawn"] == 2 * caught.value.filters["maps_accepted"] > 0
+    assert (caught.value.filters["candidates"], caught.value.filters["dice"]) == (0, 0)
 
 
 def test_a_donor_without_lesion_is_refused():
@@ -188,10 +198,21 @@ def test_slices_are_kept_where_the_segmentors_agree():
 
 
 def test_segmentors_that_disagree_end_with_the_best_dice():
-    with pytest.raises(
-        UserError, match=r"the segmentors agree with 0 of 15 slices, where 5 are wanted; the best Dice is 0\.5"
-    ):
+    said = r"the segmentors agree with 0 of 21 slices, where 5 are wanted; the best Dice is 0\.5"  # 5, and 16 at once
+    with pytest.raises(Exhausted, match=said) as caught:
         only(cohort(finder=lambda images: Finder()(images) * torch.tensor([1, 0]).view(1, 2, 1, 1), dice_tries=3))
+    filters = caught.value.filters
+    assert (filters["candidates"], filters["kept"]) == (21, 0)
+    assert filters["dice"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_bounds_on_the_tries_change_no_slice():
+    """So that they can be raised for what is left of a cohort."""
+    enough = only(cohort(Circles(every=2), Finder(fails=True)))
+    maps, slices = (math.ceil(enough.filters[name] / 5) for name in ("maps_drawn", "candidates"))
+    barely = only(cohort(Circles(every=2), Finder(fails=True), map_tries=maps, dice_tries=slices))
+    assert barely.records == enough.records
+    torch.testing.assert_close(barely.image, enough.image, rtol=0, atol=0)
 
 
 def test_the_best_share_is_kept_whatever_its_dice():

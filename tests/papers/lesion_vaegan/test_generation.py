@@ -6,6 +6,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.nn import functional as F
 
+from mrgen.errors import UserError
 from mrgen.papers.lesion_vaegan.generation import DISCRIMINATOR, GENERATOR, SEGMENTOR, LesionVAEGAN
 from mrgen.papers.lesion_vaegan.generator import Made, Real
 from mrgen.papers.lesion_vaegan.maps import structure_map
@@ -372,11 +373,15 @@ def test_validation_measures_on_slices_that_belong_together():
     [
         ({"modalities": ["t1"]}, "two sequences or more"),
         ({"classes": ["background"]}, "one class of lesion or more"),
-        ({"weights": {**WEIGHTS, "recon": 1.0}}, "recon unknown or missing"),
+        ({"weights": {**WEIGHTS, "recon": 1.0}}, "has also recon"),
+        ({"weights": {**WEIGHTS, "cycle": -1.0}}, "expected a number from 0 on"),
+        ({"tau": 0.0}, "tau above 0"),
+        ({"label_share": 2.0}, "label_share from 0 to 1"),
+        ({"lesion1_class_weights": []}, "expected one number from 0 on"),
     ],
 )
 def test_what_cannot_be_is_refused(changes: dict, said: str):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises((ValueError, UserError), match=said):
         model(**changes)
 
 

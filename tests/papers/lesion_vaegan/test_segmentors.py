@@ -69,6 +69,9 @@ def test_a_sequence_is_segmented_by_itself():
     assert not torch.equal(each["flair"], other["flair"])
     slices = model.segment_each({name: volume[..., 1] for name, volume in volumes.items()})
     assert torch.equal(slices["flair"], each["flair"][..., 1])
+    together, both = model.segment_all(volumes)
+    assert torch.equal(together.labels, model.segment(volumes).labels)
+    assert all(torch.equal(both[name], each[name]) for name in each)
 
 
 def test_all_sequences_together_answer_by_their_mean_score():
