@@ -61,8 +61,7 @@ def _study(runs: Rows, title: str, rows: Mapping[str, Mapping[str, Any]], refere
     axes[1].set_yscale("log")
     axes[1].set_xticks(range(len(names)), [_said(name, rows.get(name)) for name in names], rotation=60, ha="right")
     axes[1].tick_params(axis="x", labelsize=8)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    axes[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8, frameon=False)
     text = (
         "R real, S synthetic, E enhanced slices, in shares of the real ones. Small dots and lines: runs of other seeds."
     )

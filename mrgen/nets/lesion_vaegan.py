@@ -311,7 +311,8 @@ class LesionSegmentors(nn.Module):
             scheme
         ]
         self.encoders = nn.ModuleList(ImageEncoder(1, width, dropout) for _ in range(encoders))
-        self.decoders = nn.ModuleList(ImageDecoder(8 * width, classes, width) for _ in range(decoders))
+        # 1 pixel in 30 is a lesion's, which is 1 / (1 + e^3.5).
+        self.decoders = nn.ModuleList(ImageDecoder(8 * width, classes, width, shift=3.5) for _ in range(decoders))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (C, B, 1, X, Y) of C sequences to scores (C, B, classes, X, Y) in (0, 1) of each class."""
