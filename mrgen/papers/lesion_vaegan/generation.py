@@ -9,8 +9,7 @@ alone ask that made lesions are found where the label has them.
 Training is unpaired: the slices of a step's sequences come from different places. Images are on [0, 1].
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -30,7 +29,7 @@ from mrgen.nets.lesion_vaegan import (
 from mrgen.papers.lesion_vaegan.generator import Generator, Made, Real
 from mrgen.papers.lesion_vaegan.maps import fits, outside, outside_lesion, structure_map
 from mrgen.papers.lesion_vaegan.segmentors import check_class_weights, lesion_loss
-from mrgen.papers.lesion_vaegan.structure import check_weights
+from mrgen.papers.lesion_vaegan.structure import check_weights, frozen
 
 __all__ = ["LesionVAEGAN"]
 
@@ -212,7 +211,7 @@ class LesionVAEGAN(LightningModule):
         sources = [j for j, _ in self.pairs]
         by_target = sorted(range(pairs), key=lambda p: self.pairs[p][1])  # the order of translations to a target
         own, targets = self._numbers(made.code)
-        with _frozen(self.discriminator, self.code_discriminator, self.segmentors):
+        with frozen(self.discriminator, self.code_discriminator, self.segmentors):
             images = torch.cat([made.translated, made.synthetic]).flatten(0, 1)
             patches = (part.float().unflatten(0, (-1, real.image.shape[1])) for part in self.discriminator(images))
             (d_t, d_g), (c_t, c_g) = (part.split([pairs, sequences]) for part in patches)
@@ -367,15 +366,3 @@ def _between(images: Tensor) -> Tensor:
     """
     n = images.shape[1]
     return 2 * n**2 * images.var(dim=1, unbiased=False).flatten(1).mean(dim=1).sum()
-
-
-@contextmanager
-def _frozen(*nets: nn.Module) -> Iterator[None]:
-    """Gradients flow through the networks, and none stay."""
-    for net in nets:
-        net.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for net in nets:
-            net.requires_grad_(True)

@@ -35,7 +35,7 @@ from mrgen.nets.lesion_vaegan import (
 from mrgen.nets.pix2pix import as_in_training
 from mrgen.papers.lesion_vaegan.maps import outside, outside_lesion, straight_through, structure_map
 
-__all__ = ["TERMS", "StructureVAEGAN", "check_weights"]
+__all__ = ["TERMS", "StructureVAEGAN", "check_weights", "frozen"]
 
 SLICES = 16  # that are computed at once where there are no gradients
 
@@ -205,7 +205,7 @@ class StructureVAEGAN(LightningModule):
         z_g = torch.randn_like(mean)
         scores_r, scores_g = self.decoder(torch.cat([z_f, z_g])).float().chunk(2)  # (B, 2, X, Y) each
         p_r, f_g = _probability(scores_r), straight_through(_probability(scores_g))  # (B, 1, X, Y) each
-        with _frozen(self.code_discriminator), _frozen(self.map_discriminator):
+        with frozen(self.code_discriminator, self.map_discriminator):
             fooled_code, fooled_map = self.judge_codes(z_f), self.judge_maps(f_g)
         f_r, f_g, z_f = (p_r > 0.5).to(f), f_g.detach(), z_f.detach()  # nobody is trained through them from here on
         code_true, code_fake = self.judge_codes(torch.cat([z_g, z_f])).chunk(2)
@@ -348,10 +348,12 @@ def _square(error: Tensor) -> Tensor:
 
 
 @contextmanager
-def _frozen(net: nn.Module) -> Iterator[None]:
-    """Gradients pass through the network and do not stay there."""
-    net.requires_grad_(False)
+def frozen(*nets: nn.Module) -> Iterator[None]:
+    """Gradients pass through the networks and do not stay there."""
+    for net in nets:
+        net.requires_grad_(False)
     try:
         yield
     finally:
-        net.requires_grad_(True)
+        for net in nets:
+            net.requires_grad_(True)
