@@ -30,19 +30,19 @@ python -m mrgen.prepare data=brats2015 "data.root='$scans/brats2015/BRATS2015_Tr
     > "$folder/logs/prepare.log"
 # 200 steps of narrow networks: that data, stages and study fit each other is what this shows, and not what they can do.
 train "$folder/stages/structure" experiment=lesion_vaegan/structure $cohort model.width=8 model.latent=64 model.deviation=0.1 \
-    model.lr=5e-4 model.weights.map_adversarial_map=1 model.weights.normal_mean=1 model.weights.normal_deviation=1 \
-    data.batch_size=4 data.steps_per_epoch=50 trainer.max_epochs=4
+    model.lr=5e-4 model.weights.map_adversarial_map=0.1 model.weights.map_adversarial_code=1 model.weights.normal_mean=1 \
+    model.weights.normal_deviation=5 data.batch_size=4 data.steps_per_epoch=50 trainer.max_epochs=4
 train "$folder/stages/generation" experiment=lesion_vaegan/generation $cohort model.width=8 model.discriminator_width=8 \
-    model.lr=3e-3 model.weights.reconstruction=100 model.weights.cycle=40 model.weights.lesion2=0.3 \
-    model.weights.g1_adversarial=1 model.weights.g1_category=5 model.weights.g2_adversarial=3 model.weights.g2_category=5 \
+    model.lr=2e-3 model.label_share=0.5 model.weights.reconstruction=100 model.weights.cycle=40 model.weights.lesion2=0.5 \
+    model.weights.g1_adversarial=0.3 model.weights.g1_category=1 model.weights.g2_adversarial=1 model.weights.g2_category=1 \
     model.weights.background_reconstructed=10 model.weights.background_translated=10 model.weights.background_synthetic=10 \
-    data.steps_per_epoch=50 trainer.max_epochs=4
+    data.batch_size=2 data.steps_per_epoch=50 trainer.max_epochs=4
 python -m mrgen.synthesize "checkpoint='$folder/stages/generation'" "structure='$folder/stages/structure'" \
     "output='$MRGEN_STORES/synthetic_generation'" slices=50 selection.best=0.5 selection.outline_error=0.5 \
     | tee "$folder/logs/synthesize.log"
 for row in 1 11; do
     train "$folder/rows/row-$row" experiment=lesion_vaegan/availability synthetic=generation "row=$row" $cohort \
-        model.width=8 model.lr=2e-3 data.batch_size=4 trainer.max_epochs=3
+        model.width=8 model.lr=4e-3 data.batch_size=4 trainer.max_epochs=3
 done
 python -m mrgen.evaluate experiment=lesion_vaegan/tables "sweep='$folder/rows'" \
     "evaluation.cohorts=['$MRGEN_STORES/synthetic_generation']" "hydra.run.dir='$folder/tables'" | tee "$folder/logs/tables.log"
