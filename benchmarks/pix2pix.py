@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from whole_volume import report, versions
 
 from mrgen.evaluation.memory import RESERVE, free_bytes
-from mrgen.launch.training import channels_last, choose_precision
+from mrgen.launch.trainer import channels_last, choose_precision
 from mrgen.papers.pix2pix import Pix2Pix
 
 T = TypeVar("T")

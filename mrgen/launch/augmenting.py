@@ -22,7 +22,8 @@ from mrgen.evaluation.table import write_rows
 from mrgen.launch.evaluating import by_name, by_subjects, check_leaks, finished_runs, whole_volumes
 from mrgen.launch.instantiate import plain
 from mrgen.launch.runs import Run, load_run
-from mrgen.launch.training import build_trainer, checked_seed
+from mrgen.launch.trainer import build_trainer
+from mrgen.launch.training import checked_seed
 from mrgen.protocols import Segmenter
 
 __all__ = ["held_out", "judge_augmentation", "judged_runs", "segmenters", "trained_on"]

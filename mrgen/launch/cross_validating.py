@@ -21,7 +21,8 @@ from mrgen.launch.evaluating import by_name, by_subjects, check_leaks, finished_
 from mrgen.launch.instantiate import plain
 from mrgen.launch.runs import Run, load_run
 from mrgen.launch.status import read_status
-from mrgen.launch.training import build_trainer, checked_seed
+from mrgen.launch.trainer import build_trainer
+from mrgen.launch.training import checked_seed
 from mrgen.protocols import Segmenter
 
 __all__ = ["cross_validate"]

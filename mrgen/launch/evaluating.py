@@ -20,7 +20,8 @@ from mrgen.launch.instantiate import instantiate_mrgen
 from mrgen.launch.reporting import Judged, check, report
 from mrgen.launch.runs import Run, load_run
 from mrgen.launch.status import read_status
-from mrgen.launch.training import build_datamodule, build_trainer, checked_seed
+from mrgen.launch.trainer import build_trainer
+from mrgen.launch.training import build_datamodule, checked_seed
 from mrgen.protocols import Segmenter, Synthesizer
 
 __all__ = ["evaluate"]

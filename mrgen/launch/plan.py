@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mrgen.data.layouts import Layout
 from mrgen.errors import UserError
 from mrgen.launch.instantiate import instantiate, plain
-from mrgen.launch.training import build_datamodule, choose_precision, fill_from_store
+from mrgen.launch.trainer import choose_precision
+from mrgen.launch.training import build_datamodule, fill_from_store
 from mrgen.nets.blocks import ConvBlock3d
 from mrgen.papers.brain_clustering.estimator import Estimator
 

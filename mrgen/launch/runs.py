@@ -23,7 +23,7 @@ from mrgen.evaluation.inference import WholeSynthesizer
 from mrgen.launch.fitting import DESCRIPTION, ESTIMATOR
 from mrgen.launch.instantiate import instantiate_mrgen, plain
 from mrgen.launch.status import read_status
-from mrgen.launch.training import channels_last
+from mrgen.launch.trainer import channels_last
 from mrgen.protocols import Synthesizer
 
 __all__ = ["Run", "load_run"]

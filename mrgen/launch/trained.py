@@ -22,7 +22,8 @@ from mrgen.errors import UserError
 from mrgen.evaluation.inference import WholeSegmenter, WholeSynthesizer
 from mrgen.launch.instantiate import plain
 from mrgen.launch.runs import Run
-from mrgen.launch.training import checked_seed, choose_precision
+from mrgen.launch.trainer import choose_precision
+from mrgen.launch.training import checked_seed
 from mrgen.protocols import Synthesis, Synthesizer
 
 __all__ = ["Made", "Scans", "TrainedMethod", "choose_device", "inference_precision"]

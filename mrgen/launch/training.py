@@ -1,6 +1,5 @@
 """From a resolved config to a finished run folder."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,12 +8,11 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
-from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.callbacks import Callback, LearningRateMonitor
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from mrgen import __version__
-from mrgen.callbacks.console import EpochLine
 from mrgen.callbacks.determinism import SeedSteps
 from mrgen.callbacks.provenance import KEY, Provenance
 from mrgen.data.datamodule import CohortDataModule
@@ -27,9 +25,10 @@ from mrgen.launch.fitting import ESTIMATOR, check, fit
 from mrgen.launch.instantiate import instantiate, plain
 from mrgen.launch.status import recorded, write_json
 from mrgen.launch.tracking import finish_wandb, wandb_logger, wandb_mode
+from mrgen.launch.trainer import Checkpoint, build_trainer, channels_last
 from mrgen.papers.brain_clustering.estimator import Estimator
 
-__all__ = ["build_datamodule", "build_trainer", "checked_seed", "fill_from_store", "train"]
+__all__ = ["build_datamodule", "checked_seed", "fill_from_store", "train"]
 
 # Keys of the group ``data`` that say what a cohort is; the rest are the datamodule's arguments.
 PREPARATION = ("name", "root", "layout", "phantom", "head")
@@ -64,65 +63,6 @@ def checked_seed(seed: Any) -> int:
     return seed
 
 
-def choose_precision(asked: str, accelerator: str) -> str:
-    """``auto`` becomes bf16-mixed where the GPU or the processor computes in bf16, 32-true elsewhere."""
-    if asked != "auto":
-        return asked
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    # Processors without AVX512-BF16 or AMX emulate bf16 and are slower with it.
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    native = native or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    return "bf16-mixed" if native else "32-true"
-
-
-def quiet() -> None:
-    """Silences what Lightning says in every run and no user can act on."""
-    import logging
-    import warnings
-
-    for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for part in (
-        "isinstance.treespec, LeafSpec",
-        "does not have many workers",
-        "smaller than the logging interval",
-        "exists and is not empty",
-        "srun. command is available",
-        "It is recommended to use .self.log.'val/",  # SubjectMeans has added up the ranks already
-    ):
-        warnings.filterwarnings("ignore", f".*{part}.*")
-
-
-def channels_last(model: pl.LightningModule) -> pl.LightningModule:
-    """Lays convolutions out channels last, which about halves the backward pass in bf16 on a processor."""
-    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
-    for weight in model.parameters():
-        if weight.ndim in layouts:
-            weight.data = weight.data.to(memory_format=layouts[weight.ndim])
-    return model
-
-
-def build_trainer(conf: DictConfig, run_dir: Path, *, callbacks: list[Callback], loggers: list[Logger]) -> pl.Trainer:
-    """A Lightning trainer from the ``trainer`` config; its keys are Lightning's own."""
-    quiet()
-    settings = plain(conf)
-    settings["precision"] = choose_precision(settings.get("precision", "auto"), settings.get("accelerator", "auto"))
-    if sys.stdout.isatty():
-        callbacks = [*callbacks, RichProgressBar(leave=False)]
-    elif settings.get("enable_progress_bar", True):  # a log file: one line an epoch instead of a moving bar
-        settings["enable_progress_bar"] = False
-        callbacks = [*callbacks, EpochLine()]
-    return instantiate(
-        {"_target_": "pytorch_lightning.Trainer", **settings},
-        default_root_dir=str(run_dir),
-        callbacks=callbacks,
-        logger=loggers or False,
-        use_distributed_sampler=False,  # ours know their rank
-        enable_model_summary=False,
-    )
-
-
 def _describe(conf: DictConfig, datamodule: CohortDataModule) -> dict[str, Any]:
     """What a checkpoint must say to be used without this run's folder: plain containers only."""
     samples = datamodule.ordered_samples(conf.trainer.max_epochs)
@@ -141,20 +81,6 @@ def _describe(conf: DictConfig, datamodule: CohortDataModule) -> dict[str, Any]:
             "slices": datamodule.real_slices() if isinstance(datamodule.sampling, SiteSlices) else None,
         },
     }
-
-
-class _Checkpoint(ModelCheckpoint):
-    """Lightning's, which forgets the best score when the run's folder is reached by another path than before."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        def moved(path: str) -> str:
-            return str(Path(self.dirpath or "") / Path(path).name) if path else path
-
-        state_dict = dict(state_dict, dirpath=self.dirpath)
-        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
-            state_dict[key] = moved(state_dict[key])
-        state_dict["best_k_models"] = {moved(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict(state_dict)
 
 
 def train(conf: DictConfig, run_dir: Path) -> Path:
@@ -241,14 +167,15 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
         SeedSteps(conf.seed),
         Provenance(description),
         LearningRateMonitor("epoch"),
+        *(instantiate(callback) for callback in (conf.get("callbacks") or {}).values() if callback),
     ]
     monitor = conf.get("monitor", "val/loss")
     if datamodule.split.val and monitor:
-        best = _Checkpoint(checkpoints, "best", monitor=monitor, mode="min", enable_version_counter=False)
+        best = Checkpoint(checkpoints, "best", monitor=monitor, mode="min", enable_version_counter=False)
         callbacks.append(best)
     # After the best one, whose score it holds: otherwise a resumed run would not know the last epoch's and might put a
     # worse checkpoint in its place.
-    callbacks.append(_Checkpoint(checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False))
+    callbacks.append(Checkpoint(checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False))
     with _loggers(conf, run_dir, csv) as loggers:
         trainer_conf = _with_stages(conf, getattr(model, "stages", 1))
         trainer = build_trainer(trainer_conf, run_dir, callbacks=callbacks, loggers=loggers)

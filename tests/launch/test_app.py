@@ -82,7 +82,7 @@ def test_a_composed_config_can_be_looked_at(mrgen: Script, tmp_path: Path):
     [
         ("train", [PRESET, "model.filter=4"], "valid keys: _target_, modalities, target, classes"),
         ("train", [PRESET, "trainer.max_epoch=4"], "valid keys: accelerator, devices"),
-        ("train", [PRESET, "trget=t1"], "valid keys: .*target, seed, monitor, resume, plan"),
+        ("train", [PRESET, "trget=t1"], "valid keys: .*target, seed, monitor, resume, callbacks, plan"),
         ("train", [PRESET, "+model.filter=4"], "mrgen.papers.rsnet.RSNet has no filter; valid keys: .*filters, levels"),
         (
             "train",

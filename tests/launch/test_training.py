@@ -20,7 +20,8 @@ from mrgen.data.store import Store
 from mrgen.errors import UserError
 from mrgen.launch.csv_logger import read_metrics
 from mrgen.launch.status import read_status
-from mrgen.launch.training import build_datamodule, choose_precision, fill_from_store, train
+from mrgen.launch.trainer import choose_precision
+from mrgen.launch.training import build_datamodule, fill_from_store, train
 from mrgen.papers.rsnet import RSNet
 from tests.launch.tools import TINY, Called, composed, tiny_run
 
