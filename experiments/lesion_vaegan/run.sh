@@ -2,7 +2,8 @@
 # The lesion VAE-GAN on 32 phantom cases of 26 patients in the layout of BraTS 2015 at 3.5 mm: both stages, a synthetic
 # cohort, and segmentors for all 25 rows of Table 2.
 #
-#   experiments/lesion_vaegan/run.sh [FOLDER]    (default: experiments/lesion_vaegan/output; not yet timed as a whole)
+#   experiments/lesion_vaegan/run.sh [FOLDER]    (default: experiments/lesion_vaegan/output; 171 minutes of
+#   training on a core each, measured beside other work and with interruptions)
 #
 # Stopped at any moment, the same command goes on where it was. Two trainings run side by side on a core each.
 set -euo pipefail
