@@ -4,7 +4,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format types bench clean
+.PHONY: help demo test test-slow lint format types bench docker clean
+DOCKER ?= docker
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -36,6 +37,10 @@ types: $(READY)  ## mypy
 
 bench: $(READY)  ## speed as ratios against peers, kept in benchmarks/results
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+docker:  ## images mrgen:cpu and mrgen:gpu; DOCKER=podman, ARGUMENTS='--build-arg TORCH_INDEX=…'
+	$(DOCKER) build $(ARGUMENTS) --target cpu -t mrgen:cpu .
+	$(DOCKER) build $(ARGUMENTS) --target gpu -t mrgen:gpu .
 
 clean:  ## what the commands wrote, the environment included
 	rm -rf .venv demo runs cohorts stores build dist .pytest_cache .ruff_cache .mypy_cache
