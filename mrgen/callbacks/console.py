@@ -10,6 +10,9 @@ __all__ = ["EpochLine"]
 class EpochLine(Callback):
     """Prints losses and seconds at the end of every training epoch, on the first rank."""
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.started = time.monotonic()  # of an epoch that was begun before, its rest
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.started = time.monotonic()
 

@@ -14,6 +14,7 @@ from mrgen.data.crops import BrainBox, Crop, WholeVolume
 from mrgen.data.dataset import CropDataset
 from mrgen.data.generated import read_generated
 from mrgen.data.guides import Guide, fit_guides
+from mrgen.data.loader import ResumableLoader, ignore_signals
 from mrgen.data.mix import Mix, MixedSlices
 from mrgen.data.normalisation import Normalisation, stored_statistics
 from mrgen.data.sampler import EvaluationSampler, TrainingSampler, Turn
@@ -178,6 +179,11 @@ class CohortDataModule(LightningDataModule):
         augment = self._augment() if augmented else None
         return CropDataset(self._subjects(ids), crop=crop, augment=augment, seed=self.seed, **self._reading)
 
+    def all_slices(self, ids: Sequence[str]) -> SubjectSlices:
+        """Batches of all slices of each of these subjects, of a sampling by ``SiteSlices``."""
+        assert isinstance(self.sampling, SiteSlices)
+        return SubjectSlices(self._subjects(ids), slices=self.sampling, guides=self.guides, **self._reading)
+
     @property
     def _reading(self) -> dict[str, Any]:
         """What all datasets are told."""
@@ -191,11 +197,13 @@ class CohortDataModule(LightningDataModule):
         return tio.Compose(self.augmentation)
 
     def _loader(self, dataset: Any, sampler: TrainingSampler | EvaluationSampler, batch_size: int | None) -> DataLoader:
-        return DataLoader(
+        kind = ResumableLoader if isinstance(sampler, TrainingSampler) else DataLoader
+        return kind(
             dataset,
             batch_size=batch_size,
             sampler=sampler,
             num_workers=self.workers,
+            worker_init_fn=ignore_signals,
             persistent_workers=self.workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
@@ -275,8 +283,7 @@ class CohortDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         if isinstance(self.sampling, SiteSlices):
-            subjects = self._subjects(self.split.val)
-            slices = SubjectSlices(subjects, slices=self.sampling, guides=self.guides, **self._reading)
+            slices = self.all_slices(self.split.val)
             return self._loader(slices, EvaluationSampler(len(slices), **self._ranks), None)
         # Training's crops, the same every epoch: on whole brains instance norms would see other statistics.
         dataset = self.dataset(self.split.val, crop=self.sampling)

@@ -31,13 +31,17 @@ class TrainingSampler(Sampler[Key]):
         seed: of the shuffling.
         rank: this process.
         world_size: number of processes; each takes every world_size-th sample of the common order.
+
+    Attributes:
+        start: samples that the next iteration leaves out: those of an epoch that a resumed run has seen. The one after
+            it is whole again.
     """
 
     def __init__(self, subjects: int | Sequence[Turn], *, samples: int, seed: int, rank: int = 0, world_size: int = 1):
         self.turns = [Turn(range(subjects), 0)] if isinstance(subjects, int) else list(subjects)
         self.samples, self.seed = samples, seed
         self.rank, self.world_size = rank, world_size
-        self.epoch = 0
+        self.epoch = self.start = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning at the start of every epoch, after a resume too."""
@@ -47,8 +51,10 @@ class TrainingSampler(Sampler[Key]):
         return self.samples
 
     def __iter__(self) -> Iterator[Key]:
+        start, self.start = self.start, 0
         first = self.epoch * self.samples * self.world_size
-        for i in range(self.rank, self.samples * self.world_size, self.world_size):
+        mine = range(self.rank, self.samples * self.world_size, self.world_size)
+        for i in mine[start:]:
             yield self.epoch, i, self._subject(first + i)
 
     def _subject(self, position: int) -> int:

@@ -4,7 +4,7 @@ Lightning's own CSV logger deletes the file when a run goes on in the same folde
 """
 
 import csv
-import os
+import io
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import Any
 
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+from mrgen.launch.writing import replacing
 
 __all__ = ["CsvLogger", "read_metrics"]
 
@@ -49,7 +51,7 @@ class CsvLogger(Logger):
         return str(self.path.parent)
 
     def go_on_from(self, step: int) -> None:
-        """Forgets rows after a checkpoint's step: the resumed run computes them again."""
+        """Forgets rows after a step, -1 for all: the resumed run computes them again."""
         self.rows = [row for row in self.rows if int(row["step"]) <= step]
 
     @rank_zero_only
@@ -72,12 +74,12 @@ class CsvLogger(Logger):
         if not self.rows:
             return
         columns = ["epoch", "step", *sorted({name for row in self.rows for name in row} - {"epoch", "step"})]
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns, restval="")
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(temporary, self.path)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, restval="")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        with replacing(self.path) as file:
+            file.write(text.getvalue().encode())
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

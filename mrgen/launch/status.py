@@ -1,22 +1,25 @@
-"""What a run says of itself: ``status.json`` in its folder, running, finished, or failed with the reason."""
+"""What a run says of itself: ``status.json`` in its folder, running, finished, preempted, or failed with the reason."""
 
 import json
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_status", "recorded", "write_json"]
+from mrgen.errors import Preempted, UserError
+from mrgen.launch.writing import replacing
+
+__all__ = ["is_alive", "read_status", "recorded", "write_json"]
 
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a whole file or none."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
+    text = json.dumps(content, indent=2) + "\n"
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
@@ -25,8 +28,29 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def is_alive(status: Mapping[str, Any]) -> bool:
+    """Whether the process that a status names runs, as far as this machine can tell; True of another machine's."""
+    pid = status.get("pid")
+    if status.get("host") != socket.gethostname() or not isinstance(pid, int):
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    with suppress(OSError, ValueError, KeyError, IndexError):  # elsewhere than on Linux the number alone must do
+        # Behind the command's name, which may hold anything: field 22 of proc(5), its start in ticks since the boot.
+        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime ")).split()
+        began = int(boot[1]) + ticks / os.sysconf("SC_CLK_TCK")
+        # A process that is younger than the run got the number of one that has ended.
+        return began < time.mktime(time.strptime(status["started"][:19], "%Y-%m-%dT%H:%M:%S")) + 5
+    return True
+
+
 @contextmanager
-def recorded(run_dir: Path, *, command: str, enabled: bool = True) -> Iterator[None]:
+def recorded(run_dir: Path, *, command: str, enabled: bool = True) -> Iterator[dict[str, Any]]:
     """Keeps the status file true while a run is under way, and ends every failure with the line that resumes it.
 
     A run that was killed still says ``running``, with the process that it was.
@@ -35,6 +59,9 @@ def recorded(run_dir: Path, *, command: str, enabled: bool = True) -> Iterator[N
         run_dir: the run's folder.
         command: console script that resumes the run.
         enabled: False on every rank but the first.
+
+    Yields:
+        What the status of a run that finishes will say beside that, to be filled.
     """
     status: dict[str, Any] = {
         "state": "running",
@@ -42,6 +69,7 @@ def recorded(run_dir: Path, *, command: str, enabled: bool = True) -> Iterator[N
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }
+    outcome: dict[str, Any] = {}
 
     def save(**change: Any) -> None:
         status.update(change)
@@ -50,19 +78,27 @@ def recorded(run_dir: Path, *, command: str, enabled: bool = True) -> Iterator[N
 
     save()
     try:
-        yield
+        yield outcome
     except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt) or (
-            isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)  # Lightning's Ctrl-C
-        )
-        reason = "interrupted" if interrupted else f"{type(error).__name__}: {error}".strip().rstrip(":")
-        save(state="failed", reason=reason, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        with suppress(UserError):  # the disk is full, which may be what the run failed for
+            save(**_ending(error), ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
         if enabled:
             _say_how_to_go_on(run_dir, command)
         if isinstance(error, SystemExit) and not error.code:  # Lightning's answer to SIGTERM would end with code 0
             raise SystemExit(143) from error
         raise
-    save(state="finished", ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    save(state="finished", ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"), **outcome)
+
+
+def _ending(error: BaseException) -> dict[str, str]:
+    """State and reason of a run that did not finish."""
+    if isinstance(error, Preempted):
+        return {"state": "preempted", "reason": error.reason}
+    interrupted = isinstance(error, KeyboardInterrupt) or (
+        isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)  # Lightning's Ctrl-C
+    )
+    reason = "interrupted" if interrupted else f"{type(error).__name__}: {error}".strip().rstrip(":")
+    return {"state": "failed", "reason": reason}
 
 
 def _say_how_to_go_on(run_dir: Path, command: str) -> None:
@@ -72,6 +108,6 @@ def _say_how_to_go_on(run_dir: Path, command: str) -> None:
     import sys
 
     line = f"resume with: {command} {shlex.quote(f'resume={run_dir}')}"
-    if not (run_dir / "checkpoints" / "last.ckpt").is_file():
+    if not any((run_dir / "checkpoints" / f"{name}.ckpt").is_file() for name in ("resume", "last")):
         line += "  (no checkpoint yet: it starts over)"
     atexit.register(lambda: print(line, file=sys.stderr, flush=True))

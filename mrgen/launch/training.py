@@ -1,7 +1,5 @@
 """From a resolved config to a finished run folder."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +7,11 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor
-from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from mrgen import __version__
 from mrgen.callbacks.determinism import SeedSteps
+from mrgen.callbacks.preemption import Preemption
 from mrgen.callbacks.provenance import KEY, Provenance
 from mrgen.data.datamodule import CohortDataModule
 from mrgen.data.guides import load_guides, save_guides
@@ -22,10 +20,13 @@ from mrgen.data.store import Store, read_cohort
 from mrgen.errors import UserError
 from mrgen.launch.csv_logger import CsvLogger
 from mrgen.launch.fitting import ESTIMATOR, check, fit
+from mrgen.launch.going_on import check_config, has_begun, is_finished, newest, only_here
 from mrgen.launch.instantiate import instantiate, plain
+from mrgen.launch.slurm import requeue
 from mrgen.launch.status import recorded, write_json
-from mrgen.launch.tracking import finish_wandb, wandb_logger, wandb_mode
-from mrgen.launch.trainer import Checkpoint, build_trainer, channels_last
+from mrgen.launch.tracking import loggers, source_commit
+from mrgen.launch.trainer import Checkpoint, build_trainer, channels_last, why_stopped
+from mrgen.launch.writing import replacing
 from mrgen.papers.brain_clustering.estimator import Estimator
 
 __all__ = ["build_datamodule", "checked_seed", "fill_from_store", "train"]
@@ -84,37 +85,50 @@ def _describe(conf: DictConfig, datamodule: CohortDataModule) -> dict[str, Any]:
 
 
 def train(conf: DictConfig, run_dir: Path) -> Path:
-    """Trains one preset.
+    """Trains one preset, or goes on where it was stopped.
 
     Args:
-        conf: composed config of ``conf/train.yaml``.
+        conf: composed config of ``conf/train.yaml``; with ``resume`` a run that has begun in the folder goes on, one
+            that has finished is left as it is, and where there is none one begins.
         run_dir: the run's folder, which exists.
 
     Returns:
         The run's folder, with ``config.yaml`` (resolved), ``split.json``, ``metrics.csv``, ``status.json`` and
         ``checkpoints/{best,last}.ckpt``.
+
+    Raises:
+        UserError: among others for a folder that holds another run, or is being trained by another process; it is then
+            left as it was.
+        Preempted: the run was told to end, and has saved.
     """
-    with recorded(run_dir, command="mrgen-train", enabled=getattr(rank_zero_only, "rank", 0) == 0):
-        return _train(conf, run_dir)
+    if has_begun(run_dir):
+        if not conf.resume:
+            raise UserError(
+                f"{run_dir} holds a finished or interrupted run; give another folder, or go on with resume={run_dir}"
+            )
+        fill_from_store(conf)
+        check_config(conf, run_dir)
+        if is_finished(conf, run_dir):
+            return run_dir
+    first = _is_first()
+    with (
+        only_here(run_dir, enabled=first),
+        Preemption(run_dir / "checkpoints", requeue) as preemption,
+        recorded(run_dir, command="mrgen-train", enabled=first) as outcome,
+    ):
+        if stopped := _train(conf, run_dir, preemption):
+            outcome["stopped"] = stopped
+    return run_dir
 
 
-def _train(conf: DictConfig, run_dir: Path) -> Path:
-    last = run_dir / "checkpoints" / "last.ckpt"
-    saved: dict[str, Any] = {}
-    if conf.resume and last.is_file():
-        try:
-            saved = torch.load(last, weights_only=True, map_location="cpu")
-            # Not global_step, which counts every optimizer of a GAN; rows of the CSV count batches.
-            resumed_step = int(saved["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"])
-        except Exception as error:  # corrupt, truncated, or holding more than plain containers
-            raise UserError(f"{last}: cannot be read as a checkpoint of mrgen ({type(error).__name__})") from error
-    elif last.is_file() or ((run_dir / ESTIMATOR).is_file() and not conf.resume):
-        raise UserError(
-            f"{run_dir} holds a finished or interrupted run; give another folder, or go on with resume={run_dir}"
-        )
-    else:
-        resumed_step = -1
+def _is_first() -> bool:
+    """Whether this process is the first rank, or the only one."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
+
+def _train(conf: DictConfig, run_dir: Path, preemption: Preemption) -> str | None:
+    """Why the training ended before its last epoch, if it did."""
+    saved = newest(run_dir)
     fill_from_store(conf)
     pl.seed_everything(checked_seed(conf.seed), verbose=False)
     # A resumed run keeps its split although the store may have grown: who was tested may not become who is trained on.
@@ -123,7 +137,7 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
         kept = {"split": {"kind": "file", "file": str(run_dir / "split.json")}}
     axes = {"mrgen.data.crops.BrainBox": 3, "mrgen.data.slices.AxialSlice": 2}.get(conf.data.sampling._target_)
     if saved and axes:  # nor may a new head change the box
-        kept["sampling"] = {**plain(conf.data.sampling), "size": saved[KEY]["data"]["box"][:axes]}
+        kept["sampling"] = {**plain(conf.data.sampling), "size": saved.content[KEY]["data"]["box"][:axes]}
     model = instantiate(conf.model)
     guides = getattr(model, "guides", ())
     unpaired = getattr(model, "unpaired", False)
@@ -136,49 +150,50 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
         )
     if isinstance(model, Estimator):
         check(model, datamodule)
-        if (run_dir / ESTIMATOR).is_file():  # resumed, and finished before
-            return run_dir
+        if (run_dir / ESTIMATOR).is_file():  # epochs are nothing to it
+            return None
         _keep_settings(conf, datamodule, run_dir)
-        with _loggers(conf, run_dir, CsvLogger(run_dir / "metrics.csv")) as loggers:
-            fit(model, datamodule, run_dir, description=_describe(conf, datamodule), loggers=loggers)
-        return run_dir
+        with loggers(conf, run_dir, [CsvLogger(run_dir / "metrics.csv")]) as tracked:
+            fit(model, datamodule, run_dir, description=_describe(conf, datamodule), loggers=tracked)
+        return None
     channels_last(model)
     _check_shapes(model, datamodule)
     if saved:
         try:
-            model.load_state_dict(saved["state_dict"])
+            model.load_state_dict(saved.content["state_dict"])
         except RuntimeError as error:
             raise UserError(
-                f"{last} holds another network than the config describes; a resumed run keeps its model"
+                f"{saved.path} holds another network than the config describes; a resumed run keeps its model"
             ) from error
     description = _describe(conf, datamodule)
     if saved:
-        _check_mix(conf, run_dir, saved[KEY]["data"].get("mix"), description["data"]["mix"])
+        _check_mix(conf, run_dir, saved.content[KEY]["data"].get("mix"), description["data"]["mix"])
     if saved:  # the atlas of the subjects that it was trained on
         datamodule.guides = load_guides(guides, run_dir)
     learned = datamodule.guides
-    _keep_settings(conf, datamodule, run_dir)  # only now: what was refused above must leave the folder as it was
-    save_guides(learned, run_dir)
+    if _is_first():  # only now: what was refused above must leave the folder as it was
+        _keep_settings(conf, datamodule, run_dir)
+        save_guides(learned, run_dir)
     csv = CsvLogger(run_dir / "metrics.csv")
-    if resumed_step >= 0:
-        csv.go_on_from(resumed_step)
+    csv.go_on_from(saved.step if saved else -1)
     checkpoints = run_dir / "checkpoints"
     callbacks: list[Callback] = [
         SeedSteps(conf.seed),
         Provenance(description),
         LearningRateMonitor("epoch"),
         *(instantiate(callback) for callback in (conf.get("callbacks") or {}).values() if callback),
+        preemption,  # behind those that change the model
     ]
     monitor = conf.get("monitor", "val/loss")
-    if datamodule.split.val and monitor:
+    if datamodule.split.val and monitor and conf.trainer.get("limit_val_batches") != 0:
         best = Checkpoint(checkpoints, "best", monitor=monitor, mode="min", enable_version_counter=False)
         callbacks.append(best)
     # After the best one, whose score it holds: otherwise a resumed run would not know the last epoch's and might put a
     # worse checkpoint in its place.
     callbacks.append(Checkpoint(checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False))
-    with _loggers(conf, run_dir, csv) as loggers:
+    with loggers(conf, run_dir, [csv]) as tracked:
         trainer_conf = _with_stages(conf, getattr(model, "stages", 1))
-        trainer = build_trainer(trainer_conf, run_dir, callbacks=callbacks, loggers=loggers)
+        trainer = build_trainer(trainer_conf, run_dir, callbacks=callbacks, loggers=tracked)
         if not datamodule.split.val:
             trainer.limit_val_batches = 0
         elif len(datamodule.split.val) < trainer.world_size:
@@ -186,8 +201,11 @@ def _train(conf: DictConfig, run_dir: Path) -> Path:
                 f"{len(datamodule.split.val)} validation subjects for {trainer.world_size} devices; each needs one: "
                 "raise data.split.val or lower trainer.devices"
             )
-        trainer.fit(model, datamodule=datamodule, ckpt_path=last if resumed_step >= 0 else None, weights_only=True)
-    return run_dir
+        if saved:
+            saved.check(epochs=trainer.max_epochs, devices=trainer.world_size)
+        path, saved = saved.path if saved else None, None  # its memory is wanted for the training
+        trainer.fit(model, datamodule=datamodule, ckpt_path=path, weights_only=True)
+        return why_stopped(trainer)
 
 
 def _check_mix(conf: DictConfig, run_dir: Path, old: dict[str, Any] | None, new: dict[str, Any] | None) -> None:
@@ -242,24 +260,10 @@ def _with_stages(conf: DictConfig, stages: int) -> DictConfig:
 
 
 def _keep_settings(conf: DictConfig, datamodule: CohortDataModule, run_dir: Path) -> None:
-    OmegaConf.save(OmegaConf.create(plain(conf)), run_dir / "config.yaml")
+    with replacing(run_dir / "config.yaml") as file:
+        file.write(OmegaConf.to_yaml(OmegaConf.create(plain(conf))).encode())
     datamodule.split.save(run_dir / "split.json")
     write_json(run_dir / "environment.json", _environment())
-
-
-@contextmanager
-def _loggers(conf: DictConfig, run_dir: Path, csv: CsvLogger) -> Iterator[list[Logger]]:
-    """The CSV and, unless it is switched off, a run of W&B that ends with the block, as failed where that fails."""
-    if not conf.tracking.wandb or wandb_mode() == "disabled":
-        yield [csv]
-        return
-    settings = {"project": conf.tracking.project, "name": conf.name, "group": conf.tracking.group}
-    failed = True
-    try:
-        yield [csv, wandb_logger(run_dir, config=plain(conf), **settings)]
-        failed = False
-    finally:
-        finish_wandb(run_dir, failed=failed)
 
 
 def _environment() -> dict[str, Any]:
@@ -269,6 +273,7 @@ def _environment() -> dict[str, Any]:
 
     packages = ("mrgen", "torch", "pytorch-lightning", "torchio", "monai", "numpy", "hydra-core")
     return {
+        "commit": source_commit(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
         "device": torch.cuda.get_device_name()

@@ -135,5 +135,5 @@ def test_a_row_is_trained_and_resumed_as_it_was(phantom_store: Path, tmp_path: P
     assert mixed["enhanced_slices"] == round(0.5 * mixed["real_slices"])
     assert len(description["data"]["classes"]) == 5
     conf.resume, conf.data.mix.enhanced = str(run), 0.8
-    with pytest.raises(UserError, match=r"data\.mix is another, .* restore it, or train anew"):
+    with pytest.raises(UserError, match=r"another config \(data\.mix\.enhanced: 0\.5 there, 0\.8 here\)"):
         train(conf, run)

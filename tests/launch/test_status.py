@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mrgen.errors import UserError
+from mrgen.errors import Preempted, UserError
 from mrgen.launch.status import read_status, recorded, write_json
 
 
@@ -21,6 +21,23 @@ def test_running_then_finished(tmp_path: Path):
     after = read_status(tmp_path)
     assert after["state"] == "finished"
     assert after["started"] == during["started"] <= after["ended"]
+
+
+def test_a_finished_run_may_say_why_it_ended_early(tmp_path: Path):
+    with recorded(tmp_path, command="mrgen-train") as outcome:
+        outcome["stopped"] = "trainer.max_time: 3600 s"
+    status = read_status(tmp_path)
+    assert (status["state"], status["stopped"]) == ("finished", "trainer.max_time: 3600 s")
+
+
+def test_a_run_that_was_told_to_end_is_no_failure(tmp_path: Path, last_words: list[Callable], capsys):
+    with pytest.raises(SystemExit) as end, recorded(tmp_path, command="mrgen-train"):
+        raise Preempted("SIGUSR2, before batch 7 of epoch 3")
+    assert end.value.code == 143
+    status = read_status(tmp_path)
+    assert (status["state"], status["reason"]) == ("preempted", "SIGUSR2, before batch 7 of epoch 3")
+    last_words[0]()
+    assert capsys.readouterr().err.startswith(f"resume with: mrgen-train resume={tmp_path}")
 
 
 def test_a_failure_is_kept_with_its_reason_and_goes_on(tmp_path: Path, last_words: list[Callable], capsys):

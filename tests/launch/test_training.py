@@ -3,10 +3,14 @@
 import csv
 import json
 import os
+import random
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +21,14 @@ from omegaconf import OmegaConf
 from mrgen.data.layouts import Layout
 from mrgen.data.splits import Split
 from mrgen.data.store import Store
-from mrgen.errors import UserError
+from mrgen.errors import Preempted, UserError
 from mrgen.launch.csv_logger import read_metrics
+from mrgen.launch.runs import load_run
 from mrgen.launch.status import read_status
 from mrgen.launch.trainer import choose_precision
 from mrgen.launch.training import build_datamodule, fill_from_store, train
 from mrgen.papers.rsnet import RSNet
-from tests.launch.tools import TINY, Called, composed, tiny_run
+from tests.launch.tools import TINY, Called, composed, signalled, tiny_run
 
 # Everything that draws random numbers or keeps state between steps: dropout, augmentation, shuffling over the borders
 # of epochs, Adam, a learning rate that falls every epoch, class weights that fall every epoch.
@@ -235,6 +240,77 @@ def test_a_finished_run_resumed_stays_as_it_is(uninterrupted: Path, tmp_path: Pa
     assert (tmp_path / "run" / "metrics.csv").read_text() == (uninterrupted / "metrics.csv").read_text()
 
 
+def test_a_run_that_was_told_to_end_in_the_middle_of_an_epoch_goes_on_there(
+    uninterrupted: Path, tmp_path: Path, phantom_store: Path, last_words: list[Callable], capsys
+):
+    run_dir = tmp_path / "run"
+    with signalled(RSNet, epoch=1, batch=1), pytest.raises(Preempted) as end:
+        tiny_run(run_dir, phantom_store, *STATEFUL, "trainer.max_epochs=2")
+    assert end.value.code == 143
+    status = read_status(run_dir)
+    assert (status["state"], status["reason"]) == ("preempted", "SIGUSR1, before batch 2 of epoch 1")
+    assert checkpoint(run_dir, "resume")["global_step"] == 6
+    assert load_run(run_dir).checkpoint.name in ("best.ckpt", "last.ckpt")
+    capsys.readouterr()
+    last_words[-1]()
+    assert capsys.readouterr().err == f"resume with: mrgen-train resume={run_dir}\n"
+
+    with counted_steps(RSNet) as steps:
+        resumed(run_dir)
+    assert steps == [(1, 2), (1, 3)]
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert read_status(run_dir)["state"] == "finished"
+    assert_same_run(run_dir, uninterrupted)
+
+
+@contextmanager
+def counted_steps(kind: type) -> Iterator[list[tuple[int, int]]]:
+    """Epoch and batch of every training step."""
+    seen: list[tuple[int, int]] = []
+    step = kind.training_step  # type: ignore[attr-defined]
+
+    def noted(self: Any, batch: Any, batch_idx: int) -> Any:
+        seen.append((self.current_epoch, batch_idx))
+        return step(self, batch, batch_idx)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "training_step", noted)
+        yield seen
+
+
+def test_a_run_that_is_killed_while_it_saves_keeps_the_checkpoint_of_before(
+    uninterrupted: Path, tmp_path: Path, phantom_store: Path
+):
+    run_dir = tmp_path / "run"
+    kill = """
+import io, os, signal, sys, torch, mrgen.launch.checkpoints, mrgen.train
+save, saved = torch.save, []
+def killed(content, file):
+    saved.append(file.name)
+    if sum("last.ckpt" in name for name in saved) < 2:
+        return save(content, file)
+    whole = io.BytesIO()
+    save(content, whole)
+    file.write(whole.getvalue()[: whole.tell() // 2])
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+mrgen.launch.checkpoints.torch.save = killed
+mrgen.train.main()
+"""
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    arguments = ["experiment=rsnet/rsnet", *TINY, *STATEFUL, "trainer.max_epochs=2", f"data.store={phantom_store}"]
+    done = subprocess.run(
+        [sys.executable, "-c", kill, *arguments, f"hydra.run.dir={run_dir}"], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == -9, done.stderr
+    (half,) = (path for path in (run_dir / "checkpoints").iterdir() if path.name.startswith("."))
+    assert re.fullmatch(r"\.last\.ckpt\.\d+", half.name)
+    assert checkpoint(run_dir)["epoch"] == 0
+    resumed(run_dir)
+    assert not half.exists()
+    assert_same_run(run_dir, uninterrupted)
+
+
 def test_a_killed_run_goes_on_to_the_weights_of_an_uninterrupted_one(
     uninterrupted: Path, tmp_path: Path, phantom_store: Path
 ):
@@ -269,6 +345,43 @@ mrgen.train.main()
     assert "epoch 1/2" not in done.stdout
     assert read_status(run_dir)["state"] == "finished"
     assert_same_run(run_dir, uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_whenever_it_happens_goes_on(uninterrupted: Path, tmp_path: Path, phantom_store: Path):
+    """At random moments, of the start, a step, a validation or the end, until it has finished all the same."""
+    run_dir = tmp_path / "run"
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    script = str(Path(sys.executable).with_name("mrgen-train"))
+    preset = ["experiment=rsnet/rsnet", *TINY, *STATEFUL, "trainer.max_epochs=2", f"data.store={phantom_store}"]
+    whole = [script, *preset, f"hydra.run.dir={tmp_path / 'timed'}"]
+    began = time.monotonic()
+    subprocess.run(whole, env=env, capture_output=True, check=True)
+    lasts = time.monotonic() - began
+    moments = random.Random(0)
+    for kills in range(40):
+        begun = (run_dir / "config.yaml").is_file()
+        command = [script, f"resume={run_dir}"] if begun else [script, *preset, f"hydra.run.dir={run_dir}"]
+        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        try:
+            said = process.communicate(timeout=moments.uniform(0.3, 1.1) * lasts)[1]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            for name in ("last", "best"):
+                if (run_dir / "checkpoints" / f"{name}.ckpt").is_file():
+                    checkpoint(run_dir, name)
+            if (run_dir / "split.json").is_file():
+                Split.load(run_dir / "split.json")
+            rows = read_metrics(run_dir / "metrics.csv")
+            assert all(None not in row and None not in row.values() for row in rows)
+            continue
+        assert process.returncode == 0, said
+        if kills > 3:
+            break
+        shutil.rmtree(run_dir)  # it was too quick
+    assert_same_run(run_dir, uninterrupted)
+    assert not [path for path in run_dir.rglob(".*") if path.is_file()]
 
 
 # ----- what a resumed run must know ---------------------------------------------------------------------------------
@@ -315,7 +428,7 @@ def test_a_last_checkpoint_that_cannot_be_read_is_one_sentence(rsnet_run: Path, 
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     last.write_bytes(last.read_bytes()[:5000] if content is None else content)
     with pytest.raises(UserError, match=r"last.ckpt: cannot be read as a checkpoint of mrgen \(\w+\)$"):
-        resumed(tmp_path / "run")
+        resumed(tmp_path / "run", "trainer.max_epochs=2")
 
 
 def test_other_ranks_leave_the_status_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -357,8 +470,8 @@ def test_a_resume_with_another_network_is_refused_and_leaves_the_run_as_it_was(
     mrgen: Callable[..., Called], rsnet_run: Path, tmp_path: Path
 ):
     run_dir = shutil.copytree(rsnet_run, tmp_path / "copy")
-    before = (run_dir / "config.yaml").read_text()
+    before = {name: (run_dir / name).read_text() for name in ("config.yaml", "status.json")}
     called = mrgen("train", f"resume={run_dir}", "model.filters=4", "trainer.max_epochs=2")
     assert called.code == 1
-    assert "holds another network than the config describes" in called.message
-    assert (run_dir / "config.yaml").read_text() == before
+    assert "the run began with another config (model.filters: 2 there, 4 here)" in called.message
+    assert {name: (run_dir / name).read_text() for name in before} == before

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from mrgen.data.atlas import Atlas
 from mrgen.data.slices import SiteSlices
 from mrgen.data.store import Store
-from mrgen.errors import UserError
+from mrgen.errors import Preempted, UserError
 from mrgen.launch.instantiate import instantiate
 from mrgen.launch.runs import load_run
 from mrgen.launch.training import _check_shapes, train
@@ -22,7 +22,7 @@ from mrgen.papers.label_to_image import LabelToImage
 from mrgen.papers.samr import SAMR
 from mrgen.protocols import Generator, Segmenter
 from tests.launch.test_training import checkpoint, differences, moved, resumed
-from tests.launch.tools import CPU, Called, composed
+from tests.launch.tools import CPU, Called, composed, signalled
 
 SLICES = ("data.sampling.size=[48,48]", "data.modalities=[t1,t1ce,t2,flair]", "data.batch_size=4")
 SHORT = ("trainer.max_epochs=2", "data.steps_per_epoch=2", "trainer.log_every_n_steps=1", *CPU)
@@ -94,6 +94,16 @@ def test_a_resumed_run_keeps_its_atlas_and_repeats_an_uninterrupted_one(
     resumed(run, "trainer.max_epochs=2")
     assert (run / "atlas.npz").read_bytes() == before
     whole = runs["samr"]
+    assert differences(moved(checkpoint(run), run), moved(checkpoint(whole), whole)) == []
+    assert (run / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+
+
+def test_a_run_that_was_told_to_end_in_the_middle_of_an_epoch_goes_on_there(
+    runs: dict[str, Path], phantom_store: Path, tmp_path: Path, last_words: list[Callable]
+):
+    with signalled(SAMR, epoch=1, batch=0), pytest.raises(Preempted, match="before batch 1 of epoch 1"):
+        trained(tmp_path / "run", phantom_store, "samr", *NARROW, *UNET)
+    run, whole = resumed(tmp_path / "run"), runs["samr"]
     assert differences(moved(checkpoint(run), run), moved(checkpoint(whole), whole)) == []
     assert (run / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
 

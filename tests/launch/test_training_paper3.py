@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from mrgen.errors import UserError
+from mrgen.errors import Preempted, UserError
 from mrgen.launch.csv_logger import read_metrics
 from mrgen.launch.runs import load_run
 from mrgen.launch.status import read_status
 from mrgen.launch.training import train
 from mrgen.papers.joint_imputation import JointImputation, OfflineImputation
 from tests.launch.test_training import checkpoint, differences, resumed
-from tests.launch.tools import CPU, composed
+from tests.launch.tools import CPU, composed, signalled
 
 MODELS = ("joint", "offline", "unimodal", "upper_bound")
 TINY = (
@@ -169,6 +169,23 @@ def test_offline_synthesis_that_stopped_goes_on_to_the_same_weights_and_rows(
             load_run(tmp_path / "run").model.check_trained()
     resumed(tmp_path / "run")
     assert_same_run(tmp_path / "run", runs["offline"])
+
+
+@pytest.mark.parametrize(("model", "kind", "epoch"), [("joint", JointImputation, 1), ("offline", OfflineImputation, 2)])
+def test_a_run_that_was_told_to_end_in_the_middle_of_an_epoch_goes_on_there(
+    runs: dict[str, Path],
+    wmh_store: Path,
+    tmp_path: Path,
+    last_words: list[Callable],
+    model: str,
+    kind: type,
+    epoch: int,
+):
+    """Two players; and two stages, in the first epoch of the second of them, which has got its imputer."""
+    with signalled(kind, epoch=epoch, batch=0), pytest.raises(Preempted, match=f"before batch 1 of epoch {epoch}"):
+        trained(tmp_path / "run", wmh_store, model)
+    resumed(tmp_path / "run")
+    assert_same_run(tmp_path / "run", runs[model])
 
 
 @pytest.mark.parametrize("stopped", [None, (1, 1), (2, 0)])

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mrgen.data.layouts import Layout
 from mrgen.data.preparation import prepare_cohort
+from mrgen.errors import Preempted
 from mrgen.launch.csv_logger import read_metrics
 from mrgen.launch.paths import CONF_DIR
 from mrgen.launch.runs import load_run
@@ -21,7 +22,7 @@ from mrgen.papers.lesion_vaegan.structure import StructureVAEGAN
 from tests.launch.test_training import checkpoint, resumed
 from tests.launch.test_training_paper2 import Keep
 from tests.launch.test_training_paper3 import assert_same_run, stopped_in
-from tests.launch.tools import CPU, composed
+from tests.launch.tools import CPU, composed, signalled
 
 STAGES = {"structure": StructureVAEGAN, "generation": LesionVAEGAN}
 SMALL = {
@@ -74,6 +75,17 @@ def test_a_stage_that_stopped_goes_on_to_the_same_weights_and_rows(
         with pytest.raises(MemoryError):
             trained(tmp_path / "run", phantom_store, stage)
     assert checkpoint(tmp_path / "run")["epoch"] == 0
+    resumed(tmp_path / "run")
+    assert_same_run(tmp_path / "run", runs[stage])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_that_was_told_to_end_in_the_middle_of_an_epoch_goes_on_there(
+    runs: dict[str, Path], phantom_store: Path, tmp_path: Path, last_words: list[Callable], stage: str
+):
+    """With batches of one sequence each in the second stage, all of which go on."""
+    with signalled(STAGES[stage], epoch=1, batch=0), pytest.raises(Preempted, match="before batch 1 of epoch 1"):
+        trained(tmp_path / "run", phantom_store, stage)
     resumed(tmp_path / "run")
     assert_same_run(tmp_path / "run", runs[stage])
 

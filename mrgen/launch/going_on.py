@@ -1,0 +1,209 @@
+"""Whether a run may be trained in its folder, and where it goes on."""
+
+import fcntl
+import math
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from mrgen.callbacks.preemption import RESUME
+from mrgen.callbacks.provenance import KEY
+from mrgen.errors import UserError
+from mrgen.launch.fitting import ESTIMATOR
+from mrgen.launch.instantiate import plain
+from mrgen.launch.status import is_alive, read_status
+from mrgen.launch.writing import remove_leftovers
+
+__all__ = ["Saved", "check_config", "has_begun", "is_finished", "newest", "only_here"]
+
+# What may be another when a run goes on, because it changes nothing of what the weights will be, or only how long they
+# are trained. All below a key is meant as well.
+FREE = (
+    *("callbacks.images", "data.root", "data.store", "data.workers", "launch", "name", "plan", "resume", "tracking"),
+    *("trainer.accelerator", "trainer.enable_progress_bar", "trainer.log_every_n_steps"),
+    *("trainer.max_epochs", "trainer.max_time"),
+)
+WAIT = 10.0  # seconds: loaders of a process that was killed live on for half of it, and hold its lock
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a run goes on from.
+
+    Attributes:
+        path: the checkpoint.
+        content: of it.
+        step: the last one of ``metrics.csv`` that it knows of. Rows count batches, not the steps of each optimizer.
+    """
+
+    path: Path
+    content: dict[str, Any]
+    step: int
+
+    def check(self, *, epochs: int | None, devices: int) -> None:
+        """Raises UserError where the trainer cannot go on with it.
+
+        Args:
+            epochs: of all stages of the training, -1 or None without an end.
+            devices: all ranks.
+        """
+        done = self.content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        if epochs is not None and 0 <= epochs < done:
+            raise UserError(
+                f"trainer.max_epochs is too low: {self.path} was trained for {done} epochs, and expected are {epochs}; "
+                "raise it"
+            )
+        there = self.content[KEY].get("training", {}).get("devices", devices)
+        if there != devices:
+            raise UserError(
+                f"trainer.devices: {self.path} was trained on {there}, and found are {devices} here, which would show "
+                "other batches; go on with as many"
+            )
+
+
+def newest(run_dir: Path) -> Saved | None:
+    """The checkpoint of most steps, that of an epoch's end or that of a preemption; None where there is none.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    found = None
+    for name in ("last.ckpt", RESUME):
+        path = run_dir / "checkpoints" / name
+        if not path.is_file():
+            continue
+        try:
+            content = torch.load(path, weights_only=True, map_location="cpu")
+            steps = int(content["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"])
+        except Exception as error:  # corrupt, truncated, or holding more than plain containers
+            raise UserError(f"{path}: cannot be read as a checkpoint of mrgen ({type(error).__name__})") from error
+        # At the end of an epoch the batches are counted; in the middle of one the last of them is not yet.
+        step = steps if name == RESUME else steps - 1
+        if found is None or step > found.step:
+            found = Saved(path, content, step)
+    return found
+
+
+def has_begun(run_dir: Path) -> bool:
+    """Whether the folder holds anything that was learned."""
+    return any((run_dir / part).is_file() for part in ("checkpoints/last.ckpt", f"checkpoints/{RESUME}", ESTIMATOR))
+
+
+def _earlier(run_dir: Path) -> DictConfig | None:
+    """The config that the run had."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        return None
+    conf = OmegaConf.load(path)
+    assert isinstance(conf, DictConfig)
+    return conf
+
+
+def check_config(conf: DictConfig, run_dir: Path) -> None:
+    """Raises UserError where a run that has begun would go on as another one.
+
+    Args:
+        conf: composed, its data filled in from the store.
+        run_dir: with the ``config.yaml`` of the run.
+    """
+    earlier = _earlier(run_dir)
+    if earlier is None:
+        return
+    changed = _differences(plain(earlier), plain(conf))
+    changed = {key: pair for key, pair in changed.items() if not any(f"{key}.".startswith(f"{free}.") for free in FREE)}
+    if changed:
+        said = "; ".join(f"{key}: {_shown(old)} there, {_shown(new)} here" for key, (old, new) in changed.items())
+        raise UserError(
+            f"{run_dir}: the run began with another config ({said}); leave these keys as they were, or train anew in "
+            "another folder"
+        )
+
+
+ABSENT = object()
+
+
+def _differences(old: Any, new: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
+    """Both values of every key that differs, the key with points."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found: dict[str, tuple[Any, Any]] = {}
+        for name in dict.fromkeys((*old, *new)):
+            below = f"{key}.{name}" if key else str(name)
+            found |= _differences(old.get(name, ABSENT), new.get(name, ABSENT), below)
+        return found
+    return {} if old == new else {key: (old, new)}
+
+
+def _shown(value: Any) -> str:
+    return "absent" if value is ABSENT else "null" if value is None else str(value)
+
+
+def is_finished(conf: DictConfig, run_dir: Path) -> bool:
+    """Whether nothing is left to do: the run has finished, and is given no more epochs, nor another time."""
+    # In this order: the first rank, which may be ahead, writes the status before the config.
+    earlier = _earlier(run_dir)
+    if read_status(run_dir).get("state") != "finished" or earlier is None:
+        return False
+    longer = _epochs(conf) > _epochs(earlier) or conf.trainer.get("max_time") != earlier.trainer.get("max_time")
+    return not longer
+
+
+def _epochs(conf: DictConfig) -> float:
+    epochs = conf.trainer.max_epochs
+    return math.inf if epochs in (None, -1) else epochs
+
+
+@contextmanager
+def only_here(run_dir: Path, *, enabled: bool = True) -> Iterator[None]:
+    """Keeps other processes from training in a folder, and removes what a killed one left behind.
+
+    A lock on the folder, which ends with the process however that ends. Where the file system has no such locks, the
+    folder's status tells, of processes on this machine.
+
+    Args:
+        run_dir: the run's folder.
+        enabled: False on every rank but the first.
+
+    Raises:
+        UserError: it is being trained.
+    """
+    if not enabled:
+        yield
+        return
+    folder = os.open(run_dir, os.O_RDONLY)
+    try:
+        _lock(folder, run_dir)
+        remove_leftovers(run_dir, run_dir / "checkpoints")
+        yield
+    finally:
+        with suppress(OSError):  # children that were forked have it open too
+            fcntl.flock(folder, fcntl.LOCK_UN)
+        os.close(folder)
+
+
+def _lock(folder: int, run_dir: Path) -> None:
+    until = time.monotonic() + WAIT
+    while True:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > until:
+                break
+            time.sleep(0.2)
+        except OSError:  # a network file system
+            status = read_status(run_dir)
+            here = status.get("host") == socket.gethostname() and status.get("pid") != os.getpid()
+            if status.get("state") != "running" or not here or not is_alive(status):
+                return
+            break
+    status = read_status(run_dir)
+    who = f"process {status['pid']} on {status['host']}" if status.get("pid") else "another process"
+    raise UserError(f"{run_dir}: is being trained by {who}; wait for its end, or end it first")

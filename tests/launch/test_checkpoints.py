@@ -1,0 +1,159 @@
+"""Checkpoints, status and metrics on a disk that is full: a sentence, and what was there before stays whole."""
+
+import errno
+import io
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mrgen.errors import UserError
+from mrgen.launch.checkpoints import WholeCheckpoints
+from mrgen.launch.csv_logger import CsvLogger, read_metrics
+from mrgen.launch.status import read_status, recorded, write_json
+from mrgen.launch.writing import remove_leftovers, replacing
+from tests.launch.tools import tiny_run
+
+LIMIT = 4000  # bytes of a file
+
+
+@contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """As where a disk fills up in the middle of a file."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def content(size: int) -> dict[str, Any]:
+    return {"state_dict": {"weight": torch.arange(size)}, "epoch": size}
+
+
+def save_checkpoint(path: Path, size: int) -> None:
+    WholeCheckpoints().save_checkpoint(content(size), path)
+
+
+def save_json(path: Path, size: int) -> None:
+    write_json(path, list(range(size)))
+
+
+def save_metrics(path: Path, size: int) -> None:
+    logger = CsvLogger(path)
+    for step in range(size):
+        logger.log_metrics({"loss": 0.0}, step)
+    logger.save()
+
+
+@pytest.mark.parametrize("save", [save_checkpoint, save_json, save_metrics])
+def test_a_full_disk_is_one_sentence_and_what_was_there_stays(save: Callable[[Path, int], None], tmp_path: Path):
+    path = tmp_path / "folder" / "file"
+    save(path, 10)
+    before = path.read_bytes()
+    assert 0 < len(before) < LIMIT
+    with no_file_above(LIMIT), pytest.raises(UserError, match=r"file: cannot be written \(File too large\); what was"):
+        save(path, LIMIT)
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == ["file"]
+    save(path, LIMIT)
+    assert len(path.read_bytes()) > LIMIT
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_without_room_and_a_share_that_is_used_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int):
+    def full(content: Any, file: io.BufferedWriter) -> None:
+        file.write(b"half")
+        raise RuntimeError("unexpected pos 768 vs 662") from OSError(number, os.strerror(number))  # as torch has it
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=os.strerror(number)):
+        save_checkpoint(tmp_path / "last.ckpt", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_are_not_called_a_full_disk(tmp_path: Path):
+    with pytest.raises(PermissionError), replacing(tmp_path / "x.json"):
+        raise PermissionError(errno.EACCES, "no")
+    with pytest.raises(RuntimeError, match="a bug"), replacing(tmp_path / "x.json"):
+        raise RuntimeError("a bug")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_saved_is_what_lightning_loads(tmp_path: Path):
+    io = WholeCheckpoints()
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    io.save_checkpoint(content(5), path)
+    loaded = io.load_checkpoint(path, weights_only=True)
+    assert torch.equal(loaded["state_dict"]["weight"], torch.arange(5))
+    io.remove_checkpoint(path)
+    assert not path.exists()
+
+
+def test_a_checkpoint_is_written_where_it_will_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not in the system's folder of temporary files, from where it would be copied, bit by bit, to another disk."""
+    elsewhere = tmp_path / "tmp"
+    elsewhere.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
+    during: list[list[str]] = []
+    replace = os.replace
+
+    def noted(source: Path, target: Path) -> None:
+        during.append([*sorted(path.name for path in target.parent.iterdir()), *(p.name for p in elsewhere.iterdir())])
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", noted)
+    save_checkpoint(tmp_path / "run" / "last.ckpt", 1)
+    assert during == [[f".last.ckpt.{os.getpid()}"]]
+
+
+def test_a_training_on_a_full_disk_ends_with_the_checkpoint_of_before(
+    tmp_path: Path, phantom_store: Path, monkeypatch: pytest.MonkeyPatch, last_words: list[Callable]
+):
+    save = torch.save
+
+    def full(content: dict[str, Any], file: io.BufferedWriter) -> None:
+        save(content, file)
+        if content["epoch"] == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("mrgen.launch.checkpoints.torch.save", full)
+    run_dir = tmp_path / "run"
+    with pytest.raises(UserError, match=r"\w+\.ckpt: cannot be written \(No space left on device\)"):
+        tiny_run(run_dir, phantom_store, "trainer.max_epochs=2", "data.steps_per_epoch=1")
+    status = read_status(run_dir)
+    assert status["state"] == "failed"
+    assert "No space left on device" in status["reason"]
+    assert torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 0
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert len({row["step"] for row in read_metrics(run_dir / "metrics.csv")}) >= 1
+
+
+def test_a_status_that_cannot_be_written_does_not_hide_what_a_run_failed_for(
+    tmp_path: Path, last_words: list[Callable], monkeypatch: pytest.MonkeyPatch
+):
+    def full(path: Path, content: Any) -> None:
+        if content["state"] == "failed":
+            raise UserError("no room")
+
+    monkeypatch.setattr("mrgen.launch.status.write_json", full)
+    with pytest.raises(UserError, match="the store is gone"), recorded(tmp_path, command="mrgen-train"):
+        raise UserError("the store is gone")
+
+
+def test_what_killed_processes_were_writing_is_removed_and_nothing_else(tmp_path: Path):
+    left = [".status.json.123", ".metrics.csv.7", ".last.ckpt.99", ".config.yaml.4", ".split.json.0af3"]
+    others = [".hydra", ".gitignore", "status.json", "status.json.123", ".submitit", ".notes.json", ".x.npz.12"]
+    for name in (*left, *others):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path, tmp_path / "not there")
+    assert {path.name for path in tmp_path.iterdir()} == set(others)
