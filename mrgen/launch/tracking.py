@@ -1,67 +1,321 @@
-"""Weights & Biases beside the CSV: online when logged in, offline otherwise, never a prompt."""
+"""Services beside the CSV: Weights & Biases, online when logged in, offline otherwise, never a prompt; or TensorBoard.
 
+The CSV is the source of truth. No service can end a training, or keep it waiting for more than seconds.
+"""
+
+import configparser
+import csv
+import json
 import os
 import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.loggers import Logger, WandbLogger
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from mrgen.errors import UserError
+from mrgen.errors import Preempted, UserError
+from mrgen.launch.guarded import Guarded, within
+from mrgen.launch.instantiate import plain
 
-__all__ = ["finish_wandb", "wandb_logger", "wandb_mode"]
+__all__ = ["loggers", "run_group", "run_name", "source_commit", "track_results", "wandb_mode"]
+
+MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline"}
+MODES |= {"disabled": "disabled", "shared": "shared"}
+START, END = 60.0, 120.0  # seconds that W&B has to begin a run, and to send what is left of it,
+HURRY = 20.0  # or of a preempted one, whose process is soon killed
+GRACE, RELEASE = 15.0, 5.0  # that its own limit at the start may be late, and to let go of a service that failed
+NAME = 128  # characters that W&B shows
+# Overrides that say nothing of a run, or that its preset's name says.
+UNNAMED = (
+    *("experiment", "name", "resume", "plan", "tracking", "launch", "callbacks.images"),
+    *("data.root", "data.store", "data.workers"),
+)
+
+
+# ----- what a run is called ------------------------------------------------------------------------------------------
+
+
+def run_name(name: str, run_dir: Path) -> str:
+    """The preset's name and the overrides of the command line, those first by which a sweep's jobs differ.
+
+    Args:
+        name: of the preset, ``conf.name``.
+        run_dir: Hydra keeps the overrides there, whoever trains in it: the command, a rank of it, or a resumed run.
+
+    Returns:
+        At most 128 characters, such as ``rsnet-t2 model.lr=0.001 seed=1``.
+    """
+    overrides = _yaml(run_dir / ".hydra" / "overrides.yaml") or []
+    sweep = _sweep_dir(run_dir)
+    asked = _yaml(sweep / "multirun.yaml") if sweep else None
+    common = ((asked or {}).get("hydra", {}).get("overrides") or {}).get("task") or []
+    silent = re.compile(rf"[+~]*({'|'.join(map(re.escape, UNNAMED))})([=.@/].*)?", re.DOTALL)
+    told = [text for text in map(str, overrides) if not silent.fullmatch(text)]
+    text = " ".join([name, *sorted(told, key=lambda override: override in common)])
+    return text if len(text) <= NAME else f"{text[: NAME - 1]}…"
+
+
+def run_group(run_dir: Path) -> str | None:
+    """The name of the sweep's folder that a run lies in, or None."""
+    sweep = _sweep_dir(run_dir)
+    return None if sweep is None else sweep.name
+
+
+def _sweep_dir(run_dir: Path) -> Path | None:
+    parent = run_dir.absolute().parent
+    return parent if any((parent / name).is_file() for name in ("multirun.yaml", "sweep.json")) else None
+
+
+def _yaml(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def source_commit() -> str | None:
+    """The git commit of mrgen's source, with ``-dirty`` where it was changed; None where it is in no repository."""
+    import subprocess
+
+    git = ["git", "-C", str(Path(__file__).parent)]
+    known = ["ls-files", "--error-unmatch", Path(__file__).name]  # a wheel may be installed inside another repository
+    try:
+        subprocess.run([*git, *known], capture_output=True, check=True, timeout=20)
+        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, check=True, timeout=20, text=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+# ----- W&B: who is asked, and how ------------------------------------------------------------------------------------
 
 
 def wandb_mode() -> str:
-    """``WANDB_MODE`` where it is set, else ``online`` with stored or given credentials, else ``offline``."""
-    if mode := os.environ.get("WANDB_MODE"):
+    """``WANDB_MODE`` or what ``wandb offline`` left, else ``online`` with credentials, else ``offline``.
+
+    Raises:
+        UserError: ``WANDB_MODE`` is none of W&B's, or online while nobody is logged in, which W&B would ask about.
+    """
+    asked = os.environ.get("WANDB_MODE")
+    if asked and asked not in MODES:
+        raise UserError(f"WANDB_MODE is {asked!r}; expected one of {', '.join(MODES)}; change it, or unset it")
+    mode = MODES.get(asked or _settled_mode() or "")
+    if mode in ("offline", "disabled"):
         return mode
-    if os.environ.get("WANDB_API_KEY"):
-        return "online"
+    if _logged_in():
+        return mode or "online"
+    if asked:
+        raise UserError(
+            f"WANDB_MODE is {asked} and nobody is logged in; call wandb login, set WANDB_API_KEY, or unset WANDB_MODE"
+        )
+    return "offline"
+
+
+def _settled_mode() -> str | None:
+    """What ``wandb offline``, ``wandb disabled`` and ``wandb online`` wrote, for this folder or for the user."""
+    home = Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser()
+    settings = configparser.ConfigParser(interpolation=None)
+    with suppress(configparser.Error, OSError, UnicodeDecodeError):
+        settings.read([home / "settings", Path("wandb") / "settings"], encoding="utf-8")  # the later one counts
+    return settings.get("default", "mode", fallback=None)
+
+
+def _logged_in() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
     import netrc
     from urllib.parse import urlparse
 
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
-        return "online" if netrc.netrc(os.environ.get("NETRC")).authenticators(host) else "offline"
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
-        return "offline"
+        return False
 
 
-def wandb_logger(run_dir: Path, *, project: str, name: str, group: str | None, config: dict[str, Any]) -> Logger:
-    """A logger whose files lie in the run's folder.
-
-    Args:
-        run_dir: the run's folder; its name is the run's id, so that a resumed run goes on in the same W&B run.
-        project: W&B project.
-        name: shown name.
-        group: sweep that the run belongs to, or None.
-        config: resolved config.
-    """
+def _wandb(conf: DictConfig, folder: Path, mode: str, **settings: Any) -> Guarded | None:
+    """A run of W&B whose files lie in the folder; offline where it cannot begin online, None where it cannot at all."""
     try:
         import wandb
     except ImportError as error:  # pragma: no cover - a dependency of the package
         raise UserError("tracking=wandb: the package wandb is not installed; install it or set tracking=csv") from error
-    return WandbLogger(
-        project=project,
-        name=name,
-        id=re.sub(r"[^\w.=,-]", "-", "-".join(run_dir.parts[-2:]))[-100:],  # W&B refuses some characters
-        group=group,
-        save_dir=str(run_dir),
-        resume="allow",
-        config=config,
-        mode=wandb_mode(),
-        settings=wandb.Settings(silent=True, console="off", init_timeout=60),
-    )
+
+    def begin(mode: str) -> Any:
+        run = wandb.init(
+            project=conf.tracking.project,
+            id=_wandb_id(folder),  # a resumed run goes on in its own
+            dir=str(folder),
+            resume="allow",
+            mode=mode,  # type: ignore[arg-type]
+            reinit="create_new",  # leaves alone whatever else the process tracks
+            settings=wandb.Settings(silent=True, console="off", init_timeout=START),
+            **settings,
+        )
+        run.define_metric("trainer/global_step")
+        run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+        return run
+
+    for attempt in dict.fromkeys((mode, "offline")):
+        try:
+            run = within(START + GRACE, partial(begin, attempt))
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".strip().rstrip(":")
+            then = "tracked offline" if attempt != "offline" else "not tracked but in metrics.csv"
+            print(f"W&B could not begin a run ({reason}); this one is {then}", flush=True)
+            _let_go()
+        else:
+            if attempt == "online":
+                print(f"W&B: {run.url}", flush=True)
+            return Guarded(WandbLogger(experiment=run), "W&B", release=partial(_let_go, run))
+    return None
 
 
-def finish_wandb(run_dir: Path, *, failed: bool) -> None:
-    """Ends the run inside the task, with its exit code, and says how to send an offline one."""
+def _let_go(run: Any = None) -> None:
+    """Forgets a service that failed, and what it would do at the process's end."""
     import wandb
 
-    if wandb.run is None:
+    for call in (run.finish, wandb.teardown) if run is not None else (wandb.teardown,):
+        with suppress(Exception):
+            within(RELEASE, call)
+
+
+def _end_wandb(guarded: Guarded, folder: Path, *, exit_code: int, preempted: bool) -> None:
+    """Ends the run inside the task, and says how to send what has not been sent."""
+    run = guarded.logger.experiment  # type: ignore[attr-defined]
+    offline = run.settings.mode in ("offline", "dryrun")
+    if preempted:
+        guarded.attempt(run.mark_preempting)  # with an exit code other than 0 it is preempted and not failed
+    guarded.attempt(partial(run.finish, exit_code=exit_code), HURRY if preempted else END)
+    parts = sorted((folder / "wandb").glob(f"{'offline-' if offline else ''}run-*-{_wandb_id(folder)}"))
+    if parts and (offline or not guarded.alive):
+        why = "was offline" if offline else "did not get everything"
+        print(f"W&B {why}; send the run with: wandb sync {shlex.join(map(str, parts))}", flush=True)
+
+
+def _wandb_id(folder: Path) -> str:
+    return re.sub(r"[^\w.=,-]", "-", "-".join(folder.parts[-2:]))[-100:]  # W&B refuses some characters
+
+
+# ----- TensorBoard ---------------------------------------------------------------------------------------------------
+
+
+class _TensorBoard(TensorBoardLogger):
+    """Lightning's, with the pictures and tables that its logger of W&B has."""
+
+    def log_image(self, key: str, images: Sequence[str], step: int | None = None) -> None:
+        from matplotlib.image import imread
+
+        for path in images:
+            self.experiment.add_image(key, imread(path)[..., :3], step, dataformats="HWC")
+
+    def log_table(self, key: str, columns: Sequence[str], data: Sequence[Sequence[Any]]) -> None:
+        lines = [columns, ["---"] * len(columns), *data]
+        self.experiment.add_text(key, "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines))
+
+
+def _tensorboard(folder: Path, config: Mapping[str, Any]) -> Guarded:
+    try:
+        logger = _TensorBoard(folder, name=None, version="tensorboard")
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "tracking.tensorboard: the package tensorboard is not installed; install it with pip install "
+            "mrgen[tensorboard], or choose tracking=wandb or tracking=csv"
+        ) from error
+    guarded = Guarded(logger, "TensorBoard")
+    text = "\n".join(f"    {line}" for line in OmegaConf.to_yaml(OmegaConf.create(dict(config))).splitlines())
+    guarded.attempt(lambda: logger.experiment.add_text("config", text))
+    return guarded
+
+
+# ----- runs and results ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def loggers(conf: DictConfig, folder: Path, first: Sequence[Logger] = (), *, job: str = "train") -> Iterator[list[Any]]:
+    """``first`` and the services that ``conf.tracking`` asks for; these end with the block, as failed where it fails.
+
+    Args:
+        conf: composed config, which they are told.
+        folder: of the run or of the results; its ``split.json`` and ``environment.json`` are told as well.
+        first: loggers that no service can harm, on every rank.
+        job: W&B's job type.
+
+    Raises:
+        UserError: a package is missing, or ``WANDB_MODE`` cannot be.
+    """
+    mode = wandb_mode() if conf.tracking.wandb else "disabled"
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        yield [*first]
         return
-    offline = wandb.run.settings.mode == "offline"
-    wandb.finish(exit_code=int(failed))
-    if offline and (folders := sorted((run_dir / "wandb").glob("offline-run-*"))):
-        print(f"W&B was offline; send the run with: wandb sync {folders[-1]}")
+    config = {**plain(conf), **_told(folder)}
+    wandb_run = None
+    services = [_tensorboard(folder, config)] if conf.tracking.get("tensorboard") else []
+    if mode != "disabled":
+        wandb_run = _wandb(
+            conf,
+            folder,
+            mode,
+            name=run_name(conf.name, folder),
+            group=conf.tracking.group or run_group(folder),
+            job_type=job,
+            config=config,
+        )
+    services += [wandb_run] if wandb_run is not None else []
+    exit_code, preempted = 1, False
+    try:
+        yield [*first, *services]
+        exit_code = 0
+    except BaseException as error:
+        preempted = isinstance(error, Preempted)
+        raise
+    finally:
+        for service in services:
+            service.finalize("success" if exit_code == 0 else "failed")
+        if wandb_run is not None:
+            _end_wandb(wandb_run, folder, exit_code=exit_code, preempted=preempted)
+
+
+def _told(folder: Path) -> dict[str, Any]:
+    paths = {name: folder / f"{name}.json" for name in ("split", "environment")}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.is_file()}
+
+
+def track_results(conf: DictConfig, folder: Path) -> None:
+    """Shows an evaluation's tables (CSV) and figures (PNG) in the services, as one run of the job type ``evaluation``.
+
+    Args:
+        conf: composed config of ``conf/evaluate.yaml``.
+        folder: the results'; of what lies in folders below it, such as a blind sheet's key, nothing is shown.
+    """
+    tables, figures = sorted(folder.glob("*.csv")), sorted(folder.glob("*.png"))
+    if not tables and not figures:
+        return
+    with loggers(conf, folder, job="evaluation") as services:
+        for service in services:
+            for path in tables:
+                columns, rows = _typed(path)
+                if rows:
+                    service.log_table(path.stem, columns, rows)
+            for path in figures:
+                service.log_picture(path.stem, path)
+
+
+def _typed(path: Path) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of a CSV file; a column whose cells are numbers or empty has numbers and None."""
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file, restval="")
+        rows = list(reader)
+        columns = list(reader.fieldnames or [])
+
+    def numbers(cells: Sequence[str]) -> Sequence[Any]:
+        try:
+            return [float(cell) if cell else None for cell in cells]
+        except ValueError:
+            return cells
+
+    typed = [numbers([row[column] for row in rows]) for column in columns]
+    return columns, [list(row) for row in zip(*typed, strict=True)]
