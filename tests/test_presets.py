@@ -6,6 +6,10 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override
 from omegaconf import DictConfig, OmegaConf
 
 from mrgen.data.layouts import Layout
@@ -16,7 +20,8 @@ from mrgen.launch.reporting import KINDS
 from tests.launch.tools import composed
 
 EXPERIMENTS = CONF_DIR / "experiment"
-PRESETS = sorted(file.relative_to(EXPERIMENTS).with_suffix("").as_posix() for file in EXPERIMENTS.rglob("*.yaml"))
+FILES = [file for file in EXPERIMENTS.rglob("*.yaml") if file.parent.name != "smoke"]  # small ones: see test_smoke.py
+PRESETS = sorted(file.relative_to(EXPERIMENTS).with_suffix("").as_posix() for file in FILES)
 
 
 def settings(preset: str) -> dict:
@@ -24,7 +29,8 @@ def settings(preset: str) -> dict:
 
 
 EVALUATIONS = [preset for preset in PRESETS if "evaluation" in settings(preset)]
-TRAININGS = [preset for preset in PRESETS if preset not in EVALUATIONS]
+SWEEPS = [preset for preset in PRESETS if "hydra" in settings(preset)]  # grids, and what Optuna searches
+TRAININGS = [preset for preset in PRESETS if preset not in (*EVALUATIONS, *SWEEPS)]
 
 
 @cache
@@ -54,6 +60,22 @@ GROUPS = {
 }
 
 
+# Of each grid how many jobs, and the names of the first and the last; how many keys each search has.
+JOBS = {
+    "rsnet/methods_grid": (8, "rsnet-t1", "rnet-flair"),
+    "samr/methods_grid": (4, "samr", "pix2pix"),
+    "samr/ablations_grid": (4, "no_stretch_out", "no_shape"),
+    "joint_imputation/cross_validation_grid": (24, "unimodal", "upper_bound"),
+    "lesion_vaegan/availability_grid": (25, "row-1", "row-25"),
+    "lesion_vaegan/generation_grid": (3, "generation-multiple", "generation-shared_encoder"),
+    "t1_to_t2/clustering_grid": (4, "clustering-3", "clustering-6"),
+    "t1_to_t2/clustering_search_grid": (8, "search5-3", "search10-6"),
+    "t1_to_t2/pix2pix_grid": (32, "unet-0-0", "resnet-1000-1000"),
+}
+SEARCHES = {"rsnet": 3, "samr": 3, "joint_imputation": 3, "lesion_vaegan": 5, "t1_to_t2": 4}
+SEARCHES = {f"{paper}/search": count for paper, count in SEARCHES.items()}
+
+
 @pytest.fixture(scope="module")
 def own_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cohort of the user's own, of two sequences and one kind of lesion."""
@@ -73,12 +95,13 @@ def known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_there_is_something_to_test():
     assert {"rsnet/rsnet", "rsnet/rnet", "rsnet/rnet_with_mri", "rsnet/snet"} <= set(NETWORKS)
-    assert {f"t1_to_t2/{name}" for name in ("pix2pix", "pix2pix_grid", "deepmedic", "unet3d")} <= set(NETWORKS)
+    assert {f"t1_to_t2/{name}" for name in ("pix2pix", "deepmedic", "unet3d")} <= set(NETWORKS)
     methods = ("clustering", "clustering_search", "conditional_mean", "complementary", "random", "constant", "nothing")
     assert {f"t1_to_t2/{name}" for name in methods} == set(TRAININGS) - set(NETWORKS)
     assert "joint_imputation/cross_validation" in NETWORKS
+    assert set(SWEEPS) == {*JOBS, *SEARCHES}
     judgements = {"rsnet/swap", "t1_to_t2/swap", "t1_to_t2/select", "joint_imputation/tables"}
-    assert judgements | {"samr/tables", "samr/samples", "lesion_vaegan/tables"} == set(EVALUATIONS)
+    assert judgements | {"samr/tables", "samr/samples", "lesion_vaegan/tables", "bench"} == set(EVALUATIONS)
     assert {"phantom", "phantom_wmh", "brats2015", "brats2019", "brats2023", "wmh2017", "own"} <= set(COHORTS)
     assert {"data", "data/layout", "data/sampling", "model", "trainer", "tracking", "augmentation"} <= set(GROUPS)
 
@@ -149,9 +172,45 @@ def test_every_evaluation_composes(preset: str):
     resolved = OmegaConf.to_container(conf, resolve=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
     evaluation = resolved["evaluation"]
-    assert evaluation["kind"] in {*KINDS, "cross_validation", "augmentation", "availability", "samples"}
+    assert evaluation["kind"] in {*KINDS, "cross_validation", "augmentation", "availability", "samples", "bench"}
     for row in evaluation.get("paper", {}).get("rows", {}).values():  # a number a region, or by measure and test set
         assert isinstance(row, dict) or len(row) == len(evaluation["regions"])
+
+
+def swept(preset: str) -> tuple[DictConfig, list[Override]]:
+    """The sweeper of a preset, and its keys with their values."""
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        sweeper = compose("train", [f"experiment={preset}"], return_hydra_config=True).hydra.sweeper
+    return sweeper, OverridesParser.create().parse_overrides(
+        [f"{key}={value}" for key, value in sweeper.params.items()]
+    )
+
+
+@pytest.mark.parametrize("preset", JOBS)
+def test_a_grid_has_a_job_for_each_of_its_models(preset: str):
+    count, *names = JOBS[preset]
+    (jobs,) = BasicSweeper.split_arguments(swept(preset)[1], None)
+    assert len(jobs) == len(set(map(tuple, jobs))) == count
+    assert [composed("train", f"experiment={preset}", *jobs[i]).name for i in (0, -1)] == names
+
+
+@pytest.mark.parametrize("preset", SEARCHES)
+def test_a_search_asks_for_what_the_model_has(preset: str):
+    """Its keys are the model's, whose own values lie in the ranges; what it makes small has no such weight in it."""
+    sweeper, overrides = swept(preset)
+    conf = alone(preset)
+    assert len(overrides) == SEARCHES[preset]
+    for override in overrides:
+        own = OmegaConf.select(conf, override.get_key_element(), throw_on_missing=True)
+        sweep = override.value()
+        if isinstance(sweep, ChoiceSweep):
+            assert str(own) in map(str, sweep.list)
+        else:
+            assert sweep.start <= own <= sweep.end
+    assert (sweeper.sampler.seed, sweeper.n_jobs, sweeper.max_failure_rate) == (0, 1, 1.0)
+    assert conf.data.split.val
+    assert conf.monitor in ("val/loss", "val/mae_brain", "val/mae_synthetic", "val/mse_brain", "val/mse_tumour")
+    assert "median_stop" in conf.callbacks
 
 
 @pytest.mark.parametrize("preset", PRESETS)

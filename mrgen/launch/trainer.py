@@ -6,14 +6,21 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from hydra.errors import InstantiationException
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar, Timer
 from pytorch_lightning.loggers import Logger
 
+from mrgen.callbacks.compiling import CompileNetworks
 from mrgen.callbacks.console import EpochLine
+from mrgen.callbacks.overfitting import SameBatches
+from mrgen.errors import UserError
+from mrgen.launch.checkpoints import WholeCheckpoints
 from mrgen.launch.instantiate import instantiate, plain
+from mrgen.launch.slurm import cluster_environment
 
-__all__ = ["Checkpoint", "build_trainer", "channels_last", "choose_precision"]
+__all__ = ["Checkpoint", "build_trainer", "channels_last", "choose_precision", "why_stopped"]
 
 
 def choose_precision(asked: str, accelerator: str) -> str:
@@ -33,7 +40,7 @@ def quiet() -> None:
     import logging
     import warnings
 
-    for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric"):
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for part in (
         "isinstance.treespec, LeafSpec",
@@ -42,6 +49,9 @@ def quiet() -> None:
         "exists and is not empty",
         "srun. command is available",
         "It is recommended to use .self.log.'val/",  # SubjectMeans has added up the ranks already
+        "find_unused_parameters=True was specified",  # of methods in which all are used
+        "callbacks used to create the checkpoint need",  # those that may be left out when a run goes on
+        "Grad strides do not match bucket view strides",  # of kernels with one voxel
     ):
         warnings.filterwarnings("ignore", f".*{part}.*")
 
@@ -56,23 +66,67 @@ def channels_last(model: pl.LightningModule) -> pl.LightningModule:
 
 
 def build_trainer(conf: DictConfig, run_dir: Path, *, callbacks: list[Callback], loggers: list[Logger]) -> pl.Trainer:
-    """A Lightning trainer from the ``trainer`` config; its keys are Lightning's own."""
+    """A Lightning trainer from the ``trainer`` config; its keys are Lightning's own, and ``compile``.
+
+    Raises:
+        UserError: a key that Lightning does not have, or a device, strategy, precision or duration that is not there.
+    """
     quiet()
     settings = plain(conf)
+    callbacks = [*callbacks, *_asked_for(settings)]
     settings["precision"] = choose_precision(settings.get("precision", "auto"), settings.get("accelerator", "auto"))
     if sys.stdout.isatty():
         callbacks = [*callbacks, RichProgressBar(leave=False)]
     elif settings.get("enable_progress_bar", True):  # a log file: one line an epoch instead of a moving bar
         settings["enable_progress_bar"] = False
         callbacks = [*callbacks, EpochLine()]
-    return instantiate(
-        {"_target_": "pytorch_lightning.Trainer", **settings},
-        default_root_dir=str(run_dir),
-        callbacks=callbacks,
-        logger=loggers or False,
-        use_distributed_sampler=False,  # ours know their rank
-        enable_model_summary=False,
-    )
+    try:
+        return instantiate(
+            {"_target_": "pytorch_lightning.Trainer", **settings},
+            default_root_dir=str(run_dir),
+            callbacks=callbacks,
+            logger=loggers or False,
+            use_distributed_sampler=False,  # ours know their rank
+            plugins=[WholeCheckpoints(), *cluster_environment()],
+            enable_model_summary=False,
+        )
+    except InstantiationException as error:
+        if isinstance(error.__cause__, MisconfigurationException):
+            asked = " ".join(f"trainer.{key}={settings.get(key)}" for key in ("accelerator", "devices", "strategy"))
+            raise UserError(f"{asked}: {error.__cause__}") from error
+        raise
+
+
+def _asked_for(settings: dict[str, Any]) -> list[Callback]:
+    """Takes from the settings what Lightning does not know, or does otherwise, and gives callbacks that do it."""
+    callbacks: list[Callback] = []
+    compiled = settings.pop("compile", False)
+    if not isinstance(compiled, bool):
+        raise UserError(f"trainer.compile is {compiled!r}; expected true or false")
+    if compiled:
+        callbacks.append(CompileNetworks())
+    if batches := settings.pop("overfit_batches", 0):  # Lightning's would replace the samplers
+        settings["limit_train_batches"] = batches
+        callbacks.append(SameBatches())
+    if (duration := settings.pop("max_time", None)) is not None:
+        # After the last batch in time, as Lightning would have it, the rest of the epoch could never be trained on.
+        try:
+            callbacks.append(Timer(duration, interval="epoch", verbose=False))
+        except (MisconfigurationException, TypeError, AttributeError) as error:
+            raise UserError(f"trainer.max_time is {duration!r}; expected DD:HH:MM:SS, such as 00:12:00:00") from error
+    return callbacks
+
+
+def why_stopped(trainer: Any) -> str | None:
+    """Why a training that ended well did so before its last epoch; None where it did not."""
+    if trainer.fast_dev_run:
+        return "trainer.fast_dev_run: one batch, and no checkpoint"
+    if not trainer.should_stop or trainer.current_epoch == trainer.max_epochs:
+        return None
+    for callback in trainer.callbacks:
+        if isinstance(callback, Timer) and (remaining := callback.time_remaining()) is not None and remaining <= 0:
+            return f"trainer.max_time: {round(callback.time_elapsed())} s"
+    return next((why for callback in trainer.callbacks if (why := getattr(callback, "stopped", None))), None)
 
 
 class Checkpoint(ModelCheckpoint):
