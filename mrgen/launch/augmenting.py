@@ -26,7 +26,7 @@ from mrgen.launch.trainer import build_trainer
 from mrgen.launch.training import checked_seed
 from mrgen.protocols import Segmenter
 
-__all__ = ["held_out", "judge_augmentation", "judged_runs", "segmenters", "trained_on"]
+__all__ = ["augmented", "held_out", "judge_augmentation", "judged_runs", "segmenters", "trained_on"]
 
 
 def judge_augmentation(conf: DictConfig, out_dir: Path) -> Path:
@@ -45,6 +45,12 @@ def judge_augmentation(conf: DictConfig, out_dir: Path) -> Path:
         UserError: runs that do not fit together, or a subject whose patient a run, or the generator behind its
             synthetic slices, was trained on.
     """
+    augmented(conf, out_dir)
+    return out_dir
+
+
+def augmented(conf: DictConfig, out_dir: Path) -> Augmentation | None:
+    """As ``judge_augmentation``: what was judged, once it is written; None in processes that do not write it."""
     named = segmenters(conf)
     module, notes = held_out(conf, named)
     notes += [f"{name}: {run.path.name} ({run.checkpoint.stem})." for name, run in named.items()]
@@ -54,7 +60,7 @@ def judge_augmentation(conf: DictConfig, out_dir: Path) -> Path:
     labels = {name: [number] for number, name in enumerate(module.classes) if number}
     if (judged := judged_runs(conf, out_dir, named, module, labels)) is not None:
         _report(conf, out_dir, judged, named, module, notes)
-    return out_dir
+    return judged
 
 
 def segmenters(conf: DictConfig) -> dict[str, Run]:

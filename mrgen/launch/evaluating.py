@@ -46,9 +46,20 @@ def evaluate(conf: DictConfig, out_dir: Path) -> Path:
         UserError: runs that do not fit together, or an evaluated subject that one of them was trained on.
     """
     check(conf)
-    seed, folders = checked_seed(conf.seed), finished_runs(conf)
-    segmenter = _segmenter(conf)
-    runs = [load_run(path) for path in folders]
+    folders, segmenter = finished_runs(conf), _segmenter(conf)
+    judged = judged_by(segmenter, [load_run(path) for path in folders], conf, out_dir)
+    if judged is not None:
+        report(judged, conf, out_dir)
+    return out_dir
+
+
+def judged_by(segmenter: Run | None, runs: list[Run], conf: DictConfig, out_dir: Path) -> Judged | None:
+    """What ``evaluate`` judges, of runs that are loaded; None in processes that are not to write it.
+
+    Raises:
+        UserError: as ``evaluate``.
+    """
+    seed = checked_seed(conf.seed)
     if len({run.checkpoint.resolve() for run in runs}) < len(runs):
         raise UserError("runs names a run twice; give every run once")
     for run in runs:
@@ -70,19 +81,22 @@ def evaluate(conf: DictConfig, out_dir: Path) -> Path:
             )
         trainer.test(swap, datamodule=datamodule, verbose=False)
         judged.add(swap, datamodule.classes, named)
-    if trainer.is_global_zero:
-        report(judged, conf, out_dir)
-    return out_dir
+    return judged if trainer.is_global_zero else None
 
 
 def _segmenter(conf: DictConfig) -> Run | None:
     if conf.segmenter is None:
         return None
-    segmenter = load_run(conf.segmenter)
+    if OmegaConf.is_list(conf.segmenter):
+        raise UserError(f"segmenter={conf.segmenter}: expected one run; several judge in experiment=bench alone")
+    return load_segmenter(conf.segmenter)
+
+
+def load_segmenter(path: Any) -> Run:
+    """A judge's run. Raises UserError for what segments no volumes, or synthesises as well."""
+    segmenter = load_run(path)
     if not isinstance(segmenter.model, Segmenter) or isinstance(segmenter.model, Synthesizer):
-        raise UserError(
-            f"segmenter={conf.segmenter} is a {type(segmenter.model).__name__}; expected a segmenter such as S-Net"
-        )
+        raise UserError(f"segmenter={path} is a {type(segmenter.model).__name__}; expected a segmenter such as S-Net")
     return segmenter
 
 
@@ -107,9 +121,9 @@ def _of_sweep(folder: Path) -> list[Path]:
         if state != "finished":
             print(f"{path}: {state}, left out")
 
-    def job(path: Path) -> tuple[int, str]:  # folders begin with the number of their job
-        number = re.match(r"\d+", path.name)
-        return (int(number[0]) if number else 0, path.name)
+    def job(path: Path) -> list[int | str]:  # folders begin with the number of their job, or hold others: row-2, row-10
+        parts = re.split(r"(\d+)", path.name)
+        return [int(part) if place % 2 else part for place, part in enumerate(parts)]
 
     return sorted(finished, key=job)
 

@@ -70,7 +70,7 @@ def check(conf: DictConfig) -> None:
     """Raises UserError for a judgement that cannot be, before anything is computed."""
     evaluation = conf.evaluation
     if evaluation.kind not in KINDS:
-        kinds = ", ".join(["cross_validation", *KINDS, "augmentation", "availability", "samples"])
+        kinds = ", ".join(["cross_validation", *KINDS, "augmentation", "availability", "samples", "bench"])
         raise UserError(f"evaluation.kind is {evaluation.kind}; expected {kinds}")
     if evaluation.kind == "swap" and conf.segmenter is None:
         raise UserError("segmenter is not set; give the folder of its run: segmenter=RUN")
