@@ -4,40 +4,53 @@ from omegaconf import DictConfig
 
 from mrgen.errors import UserError
 from mrgen.launch.app import run_app
+from mrgen.launch.sweeping import check_objective, kept, table_at_the_end
 
 
-def task(conf: DictConfig) -> None:
-    """Trains, or plans with ``plan=true``."""
-    import os
+def task(conf: DictConfig) -> float | None:
+    """Trains, or plans with ``plan=true``.
+
+    Returns:
+        The least value of ``monitor``, for sweepers; None without one.
+    """
     from pathlib import Path
 
     from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
+
+    from mrgen.launch import ranks
+    from mrgen.launch.sweeps import objective
 
     if "evaluation" in conf:
         raise UserError(f"{conf.name} is a preset of mrgen-evaluate: there is nothing in it to train")
-    run_dir = Path(HydraConfig.get().runtime.output_dir)
-    several = conf.trainer.devices not in (1, "1", "auto") or conf.trainer.get("num_nodes", 1) != 1
-    if HydraConfig.get().mode == RunMode.MULTIRUN and several and not conf.plan:
-        # Lightning would start the second rank with -m, and it would run a sweep of its own.
-        raise UserError(
-            "a sweep trains on one device a job; leave -m out to train on several, or set trainer.devices=1"
-        )
     if conf.plan:
         from mrgen.launch.plan import plan, show
 
         show(conf.name, plan(conf))
-        return
+        return None
+    check_objective(conf)
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    if ranks.is_estimator(conf.model):
+        if not ranks.first_rank():
+            return None
+        if conf.trainer.devices != 1:
+            print(f"{conf.name} has no network and is fitted in one process, whatever trainer.devices says")
+    elif ranks.is_rank():
+        ranks.check_ranks(conf, run_dir)
+    elif ranks.needs_processes(conf):
+        ranks.train_on_devices(conf, run_dir)
+        return objective(run_dir)
     from mrgen.launch.training import train
 
     train(conf, run_dir)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if ranks.first_rank():
         print(f"run: {run_dir}")
+    return objective(run_dir)
 
 
 def main() -> None:
     """Console script."""
-    run_app("train", task)
+    with table_at_the_end():
+        run_app("train", kept(task))
 
 
 if __name__ == "__main__":

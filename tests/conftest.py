@@ -7,6 +7,8 @@ import pytest
 
 import mrgen  # noqa: F401  before torch: it sets how OpenMP's threads wait
 
+os.environ["WANDB_MODE"] = "disabled"  # but in tests of it: a service would cost each of the others a second
+
 
 @pytest.fixture(scope="session")
 def scans() -> Path:

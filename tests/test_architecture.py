@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, tuple[str, ...] | None] = {
     "mrgen.papers": (*METHOD_PARTS, "mrgen.data.batch", "mrgen.errors"),  # and itself: see violations()
     "mrgen.segmenter": (*METHOD_PARTS, "mrgen.data.batch", "mrgen.errors"),
     "mrgen.evaluation": (*METHOD_PARTS, "mrgen.data", "mrgen.evaluation", "mrgen.errors"),
-    "mrgen.callbacks": (*METHOD_PARTS, "mrgen.data", "mrgen.callbacks", "mrgen.errors"),
+    "mrgen.callbacks": (*METHOD_PARTS, "mrgen.data", "mrgen.evaluation", "mrgen.callbacks", "mrgen.errors"),
     "mrgen.launch": None,
     **{name: ("mrgen.launch", "mrgen.errors") for name in ENTRY_POINTS},
 }

@@ -58,6 +58,8 @@ def test_the_wheel_holds_all_of_conf_and_all_modules(wheel: Path):
         assert f"mrgen/conf/{file.relative_to(ROOT / 'conf').as_posix()}" in names
     for file in (path for kind in ("py", "html") for path in (ROOT / "mrgen").rglob(f"*.{kind}")):
         assert file.relative_to(ROOT).as_posix() in names
+    assert "hydra_plugins/mrgen_launcher/slurm_launcher.py" in names
+    assert "hydra_plugins/__init__.py" not in names  # it is other packages' as well
     assert not [name for name in names if name.startswith(("tests/", "conf/", "docs/", "benchmarks/"))]
 
 

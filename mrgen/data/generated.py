@@ -283,12 +283,12 @@ def write_synthetic(
     *,
     scale: Mapping[str, Sequence[float]],
     numbers: np.ndarray,
-    top: str | None = "p99_5",
+    known: Mapping[str, Mapping[str, float]] | None = None,
 ) -> StoredSubject:
     """Writes a synthetic subject, with the slices that it keeps.
 
-    Its statistics' 99.5th percentile is where the generator's 1 lies and not its own, so that ``Symmetric`` reads back
-    what the generator made; or the maximum, for ``MinMax``.
+    Its statistics' upper ends are not its own but the training scans' (``mrgen.data.normalisation.known_ends``), so
+    that a normalisation reads back what the generator made, as bright as it made it.
 
     Args:
         store: with a ``cohort.json`` of the generator's sequences.
@@ -296,7 +296,7 @@ def write_synthetic(
         made: of all slices of ``planned``.
         scale: (offset, factor) of every sequence in order: intensity = offset + factor · value.
         numbers: (256,) from classes to the cohort's own label numbers, see ``own_numbers``.
-        top: of ``StoredSubject.statistics``, which the generator's normalisation sets to 1; None where it sets none.
+        known: by sequence, of ``StoredSubject.statistics``, what is not to be measured on the synthetic scan.
     """
     kept = list(planned.kept)
     brain = made.brain[kept].permute(1, 2, 0).numpy()  # (X, Y, Z)
@@ -327,7 +327,7 @@ def write_synthetic(
             "slices": z,
             **told,
         },
-        known=None if top is None else {name: {top: float(sum(line))} for name, line in scale.items()},
+        known=known,
     )
 
 

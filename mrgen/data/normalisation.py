@@ -18,6 +18,7 @@ __all__ = [
     "Stored",
     "Symmetric",
     "ZScore",
+    "known_ends",
     "measured_statistics",
     "stored_statistics",
 ]
@@ -229,6 +230,30 @@ def stored_statistics(
     if isinstance(normalisation, Gaussian):
         return [normalisation.of(subject, name) for name in modalities]
     return [subject.statistics[name] for name in modalities]
+
+
+def known_ends(
+    training: Sequence[StoredSubject], scale: Mapping[str, Sequence[float]], top: str | None
+) -> dict[str, dict[str, float]] | None:
+    """By sequence, the statistics of synthetic subjects that normalisations set to 1: those of the training scans.
+
+    Of the generator's own normalisation it is where its 1 lies; of another one the mean of the training scans, so that
+    a segmenter on another scale sees as bright a scan as was made, and not one stretched to its own extremes.
+
+    Args:
+        training: what the generator was trained on.
+        scale: (offset, factor) of every sequence: intensity = offset + factor · value.
+        top: of ``StoredSubject.statistics``, which the generator's normalisation sets to 1; None where it sets none,
+            and nothing is known.
+    """
+    if top is None:
+        return None
+    found: dict[str, dict[str, float]] = {}
+    for name, line in scale.items():
+        ends = (MinMax.top, Symmetric.top)
+        means = {key: float(np.mean([subject.statistics[name][key] for subject in training])) for key in ends}
+        found[name] = {**means, top: float(sum(line))}
+    return found
 
 
 def measured_statistics(

@@ -1,4 +1,4 @@
-"""What the console scripts share: Hydra around a task, errors as sentences, ``resume=FOLDER``.
+"""What the console scripts share: Hydra around a task, and errors as sentences.
 
 Nothing heavy is imported here: ``--help`` must answer in about a second.
 """
@@ -7,7 +7,7 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from typing import NoReturn
 
 import hydra
 import yaml
@@ -18,15 +18,19 @@ from omegaconf.errors import OmegaConfBaseException
 from mrgen.errors import UserError
 from mrgen.launch.paths import CONF_DIR
 
-__all__ = ["register_resolvers", "run_app"]
+__all__ = ["TOKEN", "Reported", "fail", "register_resolvers", "run_app", "run_hydra", "sentence"]
 
 # One token a process: two runs or sweeps that start in the same second must not share a folder.
-_token = secrets.token_hex(2)
+TOKEN = secrets.token_hex(2)
+
+
+class Reported(Exception):
+    """A bug or an accident whose details have been printed; its message is one sentence."""
 
 
 def register_resolvers() -> None:
     """The resolvers that ``conf/`` uses beyond OmegaConf's own."""
-    OmegaConf.register_new_resolver("token", lambda: _token, replace=True)
+    OmegaConf.register_new_resolver("token", lambda: TOKEN, replace=True)
     OmegaConf.register_new_resolver("float", _float, replace=True)
     OmegaConf.register_new_resolver("row", _row, replace=True)
     OmegaConf.register_new_resolver("synthetic_store", _synthetic_store, replace=True)
@@ -51,33 +55,57 @@ def _synthetic_store(name: str, fraction: float) -> str | None:
     return name if os.sep in name else f"{os.environ.get('MRGEN_STORES', 'stores')}/synthetic_{name}"
 
 
-def run_app(config_name: str, task: Callable[[DictConfig], None]) -> None:
+def run_app(config_name: str, task: Callable[[DictConfig], object]) -> None:
     """Runs a task as a Hydra application on ``sys.argv``.
 
-    A ``UserError``, Hydra's own complaints and a YAML file that is none end as one message and exit code 1; anything
-    else keeps its traceback.
+    What ``sentence`` knows ends as one message and exit code 1; anything else keeps its traceback.
 
     Args:
         config_name: primary config below ``conf/``.
         task: called with the composed config, once a job.
     """
+    try:
+        run_hydra(config_name, task)
+    except Exception as error:
+        if (said := sentence(error)) is None:
+            raise
+        fail(said)
+    except KeyboardInterrupt:
+        fail("interrupted")
+
+
+def run_hydra(config_name: str, task: Callable[[DictConfig], object]) -> None:
+    """The same, with every exception as it was raised."""
     register_resolvers()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here whole, and here they are sorted
-    try:
-        if config_name == "train":
-            sys.argv[1:] = _resumed(sys.argv[1:])
-        hydra.main(config_path=str(CONF_DIR), config_name=config_name, version_base="1.3")(task)()
-    except UserError as error:
-        _fail(str(error))
-    except (HydraException, OmegaConfBaseException) as error:
+    if config_name == "train":
+        from mrgen.launch.resuming import resumed
+
+        sys.argv[1:] = resumed(sys.argv[1:])
+    hydra.main(config_path=str(CONF_DIR), config_name=config_name, version_base="1.3")(task)()
+
+
+def sentence(error: BaseException) -> str | None:
+    """What to tell a user who can mend it; None for a bug of ours.
+
+    A ``UserError``, what has been reported, Hydra's own complaints and a YAML file that is none are of the first kind.
+    """
+    if isinstance(error, UserError | Reported):
+        return str(error)
+    if isinstance(error, HydraException | OmegaConfBaseException):
         if ours := _of_resolver(error):
-            _fail(ours)
+            return ours
         hint = "\nSet the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace."
-        _fail(str(error).replace(hint, "") + _valid_keys(error) + _presets(error))
-    except yaml.YAMLError as error:
-        _fail(f"a YAML file cannot be read: {error}")
-    except KeyboardInterrupt:
-        _fail("interrupted")
+        return str(error).replace(hint, "") + _valid_keys(error) + _presets(error)
+    if isinstance(error, yaml.YAMLError):
+        return f"a YAML file cannot be read: {error}"
+    return None
+
+
+def fail(message: str) -> NoReturn:
+    """One line on stderr, and exit code 1."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
 
 
 def _of_resolver(error: BaseException) -> str | None:
@@ -100,41 +128,12 @@ def _valid_keys(error: BaseException) -> str:
 
 
 def _presets(error: BaseException) -> str:
-    """The presets there are, where one was asked for that is not."""
-    if not isinstance(error, MissingConfigException) or not str(error.missing_cfg_file).startswith("experiment/"):
+    """The presets there are, where one was asked for that is not; or the package that brings what is missing."""
+    missing = str(error.missing_cfg_file) if isinstance(error, MissingConfigException) else ""
+    if missing.startswith("hydra/sweeper/optuna"):
+        return "\nOptuna is not installed: pip install 'mrgen[optuna]'"
+    if not missing.startswith("experiment/"):
         return ""
     folder = CONF_DIR / "experiment"
     presets = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
     return f"\npresets: {', '.join(presets)}"
-
-
-def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(1)
-
-
-def _resumed(arguments: list[str]) -> list[str]:
-    """``resume=FOLDER`` becomes the folder's own resolved config, so that nothing else has to be repeated."""
-    folders = [a.partition("=")[2] for a in arguments if a.startswith("resume=")]
-    if not folders or folders[-1] in ("", "null") or "--config-path" in arguments:
-        return arguments  # the last: another rank of a resumed run, whose arguments are these already
-    if {"-m", "--multirun"} & set(arguments):
-        raise UserError("resume goes on with one run; leave -m out and resume the runs of a sweep one by one")
-    folder = Path(folders[-1]).expanduser().resolve()
-    # The run writes config.yaml once its store was found; Hydra's copy is there from the start.
-    saved = next((place for place in (folder, folder / ".hydra") if (place / "config.yaml").is_file()), None)
-    if saved is None:
-        raise UserError(f"resume={folders[-1]}: no config.yaml there; expected the folder of a run of mrgen-train")
-    quoted = "'" + str(folder).replace("'", r"\'") + "'"  # a path may hold characters that Hydra's grammar reads
-    others = [a for a in arguments if not a.startswith("resume=")]
-    for argument in others:
-        name = argument.partition("=")[0].lstrip("+~").partition("@")[0]
-        if "=" in argument and (CONF_DIR / name).is_dir():
-            raise UserError(
-                f"{argument}: a resumed run keeps its {name}; single values can be changed: {name}.KEY=VALUE"
-            )
-    return [
-        *("--config-path", str(saved), "--config-name", "config"),
-        *("hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.job.name=mrgen-train"),
-        *(f"resume={quoted}", f"hydra.run.dir={quoted}", "hydra.output_subdir=null", *others),
-    ]

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from mrgen.launch.app import register_resolvers
 from mrgen.launch.evaluating import evaluate
+from mrgen.launch.going_on import has_begun
 from mrgen.launch.paths import CONF_DIR
 from mrgen.launch.preparing import prepare
 from mrgen.launch.training import train
@@ -65,7 +66,7 @@ def demo(folder: Path, *, spacing: float = 3.0, subjects: int = 20, epochs: int 
             continue
         step(f"train: {run_dir.name}")
         run_dir.mkdir(parents=True, exist_ok=True)
-        resume = f"resume='{run_dir}'" if (run_dir / "checkpoints" / "last.ckpt").is_file() else "resume=null"
+        resume = f"resume='{run_dir}'" if has_begun(run_dir) else "resume=null"
         train(composed("train", f"experiment=rsnet/{name}", f"target={target}", NARROW[name], *common, resume), run_dir)
 
     step("swap")

@@ -29,6 +29,7 @@ from mrgen.data.generated import (
     write_generated,
     write_synthetic,
 )
+from mrgen.data.normalisation import known_ends
 from mrgen.data.slices import SiteSlices
 from mrgen.data.store import (
     Store,
@@ -171,9 +172,9 @@ class _Cohort:
         self.exhausted: dict[str, Mapping[str, float]] = {}
         self._slices, self._wanted = slices, _wanted(conf, self.training)
         self._in_vain = 0  # subjects one after the other
-        self.top = getattr(run.normalisation, "top", None)
         self.guides = run.guides
         self.scale = {name: run.description["data"]["intensity_scale"][name] for name in run.model.modalities}
+        self.known = known_ends(labelled, self.scale, getattr(run.normalisation, "top", None))
         self.device = choose_device(conf.device)
         self.precision = inference_precision(conf.precision, self.device)
         mixed = (run.description["data"].get("mix") or {}).get("patients", ())
@@ -220,7 +221,7 @@ class _Cohort:
         numbers = own_numbers(self.lookup)
 
         def write(planned: Planned, lesion: Lesion, made: Generated, started: float) -> str:
-            write_synthetic(output, planned, lesion, made, scale=self.scale, numbers=numbers, top=self.top)
+            write_synthetic(output, planned, lesion, made, scale=self.scale, numbers=numbers, known=self.known)
             how, count, seconds = self.method.line(lesion, made), len(planned.kept), time.perf_counter() - started
             return f"{planned.id}: {how}, {count} slice{'s' * (count != 1)} in {seconds:.1f} s"
 

@@ -69,12 +69,20 @@ class LiUNet(nn.Module):
 
 
 def _fitted(x: Tensor, size: torch.Size) -> Tensor:
-    """(B, C, X, Y) cut to a size, or filled up to it with the pixels of its edge; the odd pixel at the end."""
-    surplus = [n - target for n, target in zip(x.shape[2:], size, strict=True)]
-    (left, right), (front, back) = ((int(n / 2), n - int(n / 2)) for n in surplus)  # towards 0: the rest is at the end
-    return F.pad(
-        x, [-front, -back, -left, -right], mode="constant" if max(surplus) > 0 else "replicate"
-    )  # below 0: cut
+    """(B, C, X, Y) cut to a size, or filled up to it with the pixels of its edge; the odd pixel at the end.
+
+    The backward pass of ``F.pad``'s replicating is another each time on a GPU, and wrong for inductor.
+    """
+    for axis, target in zip((2, 3), size, strict=True):
+        surplus = x.shape[axis] - target
+        front, back = int(surplus / 2), surplus - int(surplus / 2)  # towards 0: the rest is at the end
+        if surplus > 0:
+            x = x.narrow(axis, front, target)
+        elif surplus < 0:
+            edges = ((x.narrow(axis, 0, 1), -front), (x.narrow(axis, x.shape[axis] - 1, 1), -back))
+            before, after = ([edge] * count for edge, count in edges)
+            x = torch.cat([*before, x, *after], dim=axis)
+    return x
 
 
 def _conv(in_channels: int, channels: int, kernel: int = 3) -> nn.Sequential:

@@ -24,7 +24,7 @@ from mrgen.data.generated import (
 from mrgen.data.guides import label_maps
 from mrgen.data.layouts import read_layouts
 from mrgen.data.lesions import KINDS
-from mrgen.data.normalisation import MinMax, Symmetric, stored_statistics
+from mrgen.data.normalisation import MinMax, Symmetric, known_ends, stored_statistics
 from mrgen.data.slices import SiteSlices
 from mrgen.data.store import Store, write_cohort, write_subject
 from mrgen.errors import UserError
@@ -167,7 +167,8 @@ def made(real, lookup):
 
 def written(folder, real, lookup, place, lesion, made):
     write_cohort(folder, synthetic_layout(real.layout), list(SCALE))
-    write_synthetic(folder, place, lesion, made, scale=SCALE, numbers=own_numbers(lookup))
+    known = known_ends(list(real.subjects.values()), SCALE, Symmetric.top)
+    write_synthetic(folder, place, lesion, made, scale=SCALE, numbers=own_numbers(lookup), known=known)
     store = Store(folder)
     return store, store.subjects[place.id]
 
@@ -251,7 +252,9 @@ def test_what_a_generator_tells_of_its_slices_is_kept_with_them(tmp_path, real, 
     scale, kept = {"t1": [0.0, 712.5], "flair": [0.0, 321.3]}, [0, 2, 5]
     write_cohort(tmp_path, synthetic_layout(real.layout), list(scale))
     place = planned(real, "P_1", kept=tuple(kept))
-    subject = write_synthetic(tmp_path, place, lesion, unit, scale=scale, numbers=own_numbers(lookup), top="max")
+    training = list(real.subjects.values())
+    known = known_ends(training, scale, MinMax.top)
+    subject = write_synthetic(tmp_path, place, lesion, unit, scale=scale, numbers=own_numbers(lookup), known=known)
     np.testing.assert_array_equal(subject.read_structure(), edges[kept].permute(1, 2, 0))
     np.testing.assert_array_equal(
         subject.read_structure(((2, 9), (0, 5), (1, 2))), edges[2:3, 2:9, :5].permute(1, 2, 0)
@@ -260,6 +263,8 @@ def test_what_a_generator_tells_of_its_slices_is_kept_with_them(tmp_path, real, 
     brain = torch.from_numpy(subject.read_brain())
     read = MinMax()(torch.from_numpy(subject.read_image()), brain, stored_statistics(MinMax(), subject, scale))
     torch.testing.assert_close(read, unit.image[kept].permute(1, 2, 3, 0) * brain, rtol=0, atol=1e-6)
+    high = {name: np.mean([real.statistics[name]["p99_5"] for real in training]) for name in scale}
+    assert {name: subject.statistics[name]["p99_5"] for name in scale} == pytest.approx(high)  # on other scales
     source = json.loads((subject.path / "subject.json").read_text())["source"]
     assert (source["records"], source["filters"]) == ([told[k] for k in kept], {"kept": 6})
     with pytest.raises(UserError, match="P_1 has no structure maps"):

@@ -1,6 +1,8 @@
 """Fixtures of the launch side."""
 
 import atexit
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,19 @@ def mrgen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Call
     monkeypatch.setenv("MRGEN_STORES", str(tmp_path / "stores"))
     monkeypatch.setenv("MRGEN_COHORTS", str(tmp_path / "cohorts"))
     return lambda script, *arguments: call(script, arguments, monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """``tests.launch.stand_in`` in the place of a training, here and in processes that are started from here."""
+    from tests.launch import stand_in
+
+    monkeypatch.setitem(sys.modules, "mrgen.launch.training", stand_in)
+    site, root = tmp_path_factory.mktemp("site"), Path(__file__).resolve().parents[2]
+    (site / "sitecustomize.py").write_text(
+        "import sys\nfrom tests.launch import stand_in\nsys.modules['mrgen.launch.training'] = stand_in\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{site}{os.pathsep}{root}")
 
 
 @pytest.fixture

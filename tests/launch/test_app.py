@@ -13,6 +13,7 @@ import pytest
 from mrgen.errors import UserError
 from mrgen.launch import app
 from mrgen.launch.paths import CONF_DIR
+from mrgen.launch.resuming import resumed
 from tests.launch.tools import TINY, Called, tiny_run
 
 Script = Callable[..., Called]
@@ -40,7 +41,7 @@ def test_help_shows_the_groups_the_presets_and_examples(mrgen: Script, script: s
     if script == "prepare":
         assert {"phantom", "phantom_wmh", "brats2019", "wmh2017", "own"} <= set(groups["data"].split(", "))
     else:
-        for folder in (CONF_DIR / "experiment").iterdir():
+        for folder in (path for path in (CONF_DIR / "experiment").iterdir() if path.is_dir()):
             assert groups[f"experiment/{folder.name}"] == ", ".join(sorted(f.stem for f in folder.glob("*.yaml")))
     examples = called.out.partition("== Examples ==")[2]
     assert len(re.findall(rf"^mrgen-{script} ", examples, flags=re.MULTILINE)) >= 2
@@ -82,12 +83,12 @@ def test_a_composed_config_can_be_looked_at(mrgen: Script, tmp_path: Path):
     [
         ("train", [PRESET, "model.filter=4"], "valid keys: _target_, modalities, target, classes"),
         ("train", [PRESET, "trainer.max_epoch=4"], "valid keys: accelerator, devices"),
-        ("train", [PRESET, "trget=t1"], "valid keys: .*target, seed, monitor, resume, callbacks, plan"),
+        ("train", [PRESET, "trget=t1"], "valid keys: .*seed, monitor, resume, callbacks, trainer, launch, plan"),
         ("train", [PRESET, "+model.filter=4"], "mrgen.papers.rsnet.RSNet has no filter; valid keys: .*filters, levels"),
         (
             "train",
             ["experiment=rsnet/nope"],
-            "presets: joint_imputation/.*, rsnet/rnet, rsnet/rnet_with_mri, rsnet/rsnet",
+            "presets: bench, .*joint_imputation/.*, rsnet/rnet, rsnet/rnet_with_mri, rsnet/rsnet",
         ),
         ("train", ["data=nope"], "Could not find 'data/nope'(.|\n)*phantom"),
         ("train", [PRESET, "target=t3"], "target is 't3'; expected one of t1, t1ce, t2, flair"),
@@ -201,7 +202,7 @@ def test_sequences_that_the_store_does_not_hold_are_named(mrgen: Script, phantom
 def test_two_processes_never_share_a_folder(mrgen: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Two runs that start in one second differ by a token; what plans writes no checkpoint."""
     for token in ("aaaa", "bbbb"):
-        monkeypatch.setattr(app, "_token", token)
+        monkeypatch.setattr(app, "TOKEN", token)
         assert mrgen("train", PRESET, "plan=true", "model.filters=2", "model.levels=2").code == 0
     folders = sorted((tmp_path / "runs" / "rsnet-t2").iterdir())
     assert [folder.name[-4:] for folder in sorted(folders, key=lambda f: f.name[-4:])] == ["aaaa", "bbbb"]
@@ -228,7 +229,7 @@ def test_every_job_of_a_sweep_has_a_folder_of_its_own(mrgen: Script, tmp_path: P
 
 
 def test_resume_reads_the_runs_own_config(rsnet_run: Path):
-    arguments = app._resumed(["trainer.max_epochs=7", f"resume={rsnet_run}"])
+    arguments = resumed(["trainer.max_epochs=7", f"resume={rsnet_run}"])
     assert arguments[:4] == ["--config-path", str(rsnet_run), "--config-name", "config"]
     assert f"hydra.run.dir='{rsnet_run}'" in arguments
     assert arguments[-1] == "trainer.max_epochs=7"
@@ -236,19 +237,19 @@ def test_resume_reads_the_runs_own_config(rsnet_run: Path):
 
 @pytest.mark.parametrize("nothing", [[], ["resume="], ["resume=null"], [PRESET]])
 def test_without_a_folder_nothing_is_resumed(nothing: list[str]):
-    assert app._resumed(nothing) == nothing
+    assert resumed(nothing) == nothing
 
 
 def test_resuming_what_is_no_run_is_refused(mrgen: Script, tmp_path: Path):
     for folder in (tmp_path, tmp_path / "not there"):
         called = mrgen("train", f"resume={folder}")
         assert called.code == 1
-        assert "no config.yaml there; expected the folder of a run of mrgen-train" in called.message
+        assert "no config.yaml or multirun.yaml there; expected the folder of a run or a sweep" in called.message
 
 
 def test_a_resumed_run_keeps_its_groups(rsnet_run: Path):
     with pytest.raises(UserError, match=r"tracking=csv: a resumed run keeps its tracking; .* tracking\.KEY=VALUE"):
-        app._resumed([f"resume={rsnet_run}", "tracking=csv"])
+        resumed([f"resume={rsnet_run}", "tracking=csv"])
 
 
 def test_resume_goes_on_with_single_values_changed(mrgen: Script, tmp_path: Path, phantom_store: Path):
@@ -270,14 +271,7 @@ def test_a_folder_that_holds_a_run_is_refused_without_resume(
     assert f"holds a finished or interrupted run; give another folder, or go on with resume={run_dir}" in called.message
 
 
-def test_a_sweep_over_several_devices_is_refused(mrgen: Script):
-    """Lightning's second rank would run a sweep of its own."""
-    called = mrgen("train", "-m", "experiment=rsnet/rsnet", "target=t1,t2", "trainer=ddp")
-    assert called.code == 1
-    assert "a sweep trains on one device a job" in called.err
-
-
-def test_a_sweep_cannot_be_resumed_as_one(mrgen: Script, rsnet_run: Path):
+def test_with_m_a_run_is_not_resumed(mrgen: Script, rsnet_run: Path):
     called = mrgen("train", "-m", f"resume={rsnet_run}")
     assert called.code == 1
-    assert "leave -m out" in called.message
+    assert "goes on with one run; leave -m out" in called.message

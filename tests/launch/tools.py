@@ -1,12 +1,15 @@
 """What the tests of the launch side share: composing, tiny trainings, console scripts called in this process."""
 
 import io
+import os
+import signal
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -15,8 +18,9 @@ from omegaconf import DictConfig
 from mrgen.launch.app import register_resolvers
 from mrgen.launch.paths import CONF_DIR
 
-# A network of a few thousand parameters, in the one precision whose results do not depend on the processor.
-CPU = ("trainer.accelerator=cpu", "trainer.precision=32-true", "tracking=csv")
+# A network of a few thousand parameters, in the one precision whose results do not depend on the processor; without
+# pictures, which take longer than the training.
+CPU = ("trainer.accelerator=cpu", "trainer.precision=32-true", "tracking=csv", "++callbacks.images=null")
 TINY = ("model.filters=2", "model.levels=2", "model.mc_samples=4", *CPU)
 TINY_SNET = ("model.net.filters=2", "model.net.levels=2", *CPU)
 
@@ -36,6 +40,23 @@ def tiny_run(run_dir: Path, store: Path, *overrides: str, preset: str = "rsnet")
     narrow = TINY_SNET if preset == "snet" else TINY
     common = (f"experiment=rsnet/{preset}", f"data.store='{store}'", "trainer.max_epochs=1")
     return train(composed("train", *common, *narrow, *overrides), run_dir)
+
+
+@contextmanager
+def signalled(
+    kind: type, *, epoch: int, batch: int, method: str = "training_step", number: int = signal.SIGUSR1
+) -> Iterator[None]:
+    """This process gets a signal in the step of this epoch and batch."""
+    step = getattr(kind, method)
+
+    def told(self: Any, data: Any, batch_idx: int) -> Any:
+        if (self.current_epoch, batch_idx) == (epoch, batch):
+            os.kill(os.getpid(), number)
+        return step(self, data, batch_idx)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, method, told)
+        yield
 
 
 @dataclass(frozen=True)
