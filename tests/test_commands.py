@@ -15,6 +15,7 @@ from mrgen.launch.paths import CONF_DIR
 from tests.launch.tools import composed
 
 ROOT = Path(__file__).resolve().parents[1]
+BATCH = (ROOT / "docs" / "apptainer.sbatch").read_text(encoding="utf-8")
 SCRIPTS = ("prepare", "train", "synthesize", "evaluate")
 FLAGS = {"--help": 0, "--cfg": 1, "-m": 0, "--multirun": 0, "--resolve": 0, "--package": 1}  # Hydra's, with arguments
 
@@ -49,6 +50,14 @@ def check(command: str) -> list[DictConfig]:
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
         assert set(arguments) <= set(targets), f"{command}: not in the Makefile"
         return []
+    if program == "apptainer":
+        assert arguments[0] == "build"
+        assert arguments[1] in BATCH, f"{command}: not the image of the batch script"
+        return []
+    if program == "sbatch":  # the batch script hands its arguments on
+        arguments = [argument for argument in arguments if not argument.startswith("--")]
+        assert (ROOT / arguments[0]).read_text(encoding="utf-8") == BATCH, f"{command}: no script of ours"
+        program, arguments = "mrgen-train", arguments[1:]
     if program in ("python", "python3") and arguments[:1] == ["-m"] and arguments[1].startswith("mrgen."):
         program, arguments = f"mrgen-{arguments[1].removeprefix('mrgen.')}", arguments[2:]
     script = program.removeprefix("mrgen-")

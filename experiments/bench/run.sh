@@ -122,5 +122,5 @@ for seed in 0 1; do
 done | xargs -P 2 -L 1 bash -c 'segmenter "$@"' segmenter
 unset OMP_NUM_THREADS
 
-python -m mrgen.evaluate experiment=bench "sweep='$folder/runs'" "hydra.run.dir='$folder/tables'" \
+python -m mrgen.evaluate experiment=bench "sweep='$folder/runs'" tracking=csv "hydra.run.dir='$folder/tables'" \
     | tee "$folder/logs/tables.log"

@@ -248,7 +248,7 @@ def test_resuming_what_is_no_run_is_refused(mrgen: Script, tmp_path: Path):
 
 
 def test_a_resumed_run_keeps_its_groups(rsnet_run: Path):
-    with pytest.raises(UserError, match=r"tracking=csv: a resumed run keeps its tracking; .* tracking\.KEY=VALUE"):
+    with pytest.raises(UserError, match=r"tracking=csv: a resumed run keeps its tracking; only what"):
         resumed([f"resume={rsnet_run}", "tracking=csv"])
 
 

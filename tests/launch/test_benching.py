@@ -67,7 +67,7 @@ def bench(mrgen: Callable[..., Called], tmp_path: Path) -> Callable[..., Called]
 
     def call(*overrides: str) -> Called:
         into = f"hydra.run.dir='{tmp_path / 'out'}'"
-        return mrgen("evaluate", "experiment=bench", "trainer.accelerator=cpu", into, *overrides)
+        return mrgen("evaluate", "experiment=bench", "trainer.accelerator=cpu", "tracking=csv", into, *overrides)
 
     return call
 

@@ -291,7 +291,10 @@ def commands(text: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("line", commands((ROOT / "docs" / "cluster.md").read_text()))
+@pytest.mark.parametrize(
+    "line",
+    dict.fromkeys(line for name in ("README.md", "docs/cluster.md") for line in commands((ROOT / name).read_text())),
+)
 def test_the_commands_of_the_documentation_submit(cluster: Slurm, mrgen: Callable[..., Called], line: str) -> None:
     cluster.answer("sinfo", "gpu*|64|512000|gpu:8|4|infinite")
     cluster.answer("squeue", "\n".join(f"12_{number} PENDING" for number in range(4)))
