@@ -48,12 +48,15 @@ class CompileNetworks(Callback):
                 "trainer.compile=true needs a C++ compiler, and there is none; install g++, set CXX, or leave it out"
             )
         logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # where graphs break, nothing has to be done
+        options = None
+        if self.backend == "inductor" and trainer.strategy.root_device.type == "cpu":
+            # Of channels-last tensors, backward passes of convolutions and paddings give other strides than inductor
+            # was told, and it ends there.
+            options = {"layout_optimization": False}
         for net in networks(pl_module).values():
-            # Of channels-last tensors, some operations give gradients of other strides than the compiler was told; it
-            # chooses its own layouts.
             for weight in net.parameters():
-                weight.data = weight.data.contiguous()
-            net.compile(backend=self.backend)
+                weight.data = weight.data.contiguous()  # likewise; on a GPU inductor chooses its own layouts
+            net.compile(backend=self.backend, options=options)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         torch._dynamo.reset()  # of the next job of a sweep nothing is known yet
