@@ -19,7 +19,7 @@ RUN python3 -m venv /opt/build \
 
 FROM ${BASE} AS installed
 # Wheels of torch for processors alone are a tenth as large, and lie on an index of PyTorch's own: give its address to
-# have them. Without it both targets hold the wheels that also run on GPUs.
+# have them, of the target cpu alone. Without it both targets hold the wheels that also run on GPUs.
 ARG TORCH_INDEX=""
 COPY constraints.txt /tmp/constraints.txt
 RUN python3 -m venv /opt/mrgen \

@@ -38,8 +38,8 @@ types: $(READY)  ## mypy
 bench: $(READY)  ## speed as ratios against peers, kept in benchmarks/results
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
-docker:  ## images mrgen:cpu and mrgen:gpu; DOCKER=podman, ARGUMENTS='--build-arg TORCH_INDEX=…'
-	$(DOCKER) build $(ARGUMENTS) --target cpu -t mrgen:cpu .
+docker:  ## images mrgen:cpu and mrgen:gpu; DOCKER=podman, TORCH_INDEX=… for mrgen:cpu, ARGUMENTS='--build-arg BASE=…'
+	$(DOCKER) build $(ARGUMENTS) --build-arg TORCH_INDEX=$(TORCH_INDEX) --target cpu -t mrgen:cpu .
 	$(DOCKER) build $(ARGUMENTS) --target gpu -t mrgen:gpu .
 
 clean:  ## what the commands wrote, the environment included

@@ -3,7 +3,7 @@
 from omegaconf import DictConfig, ListConfig
 
 from mrgen.errors import UserError
-from mrgen.launch.app import run_app
+from mrgen.launch.app import leave_nothing, run_app
 
 
 def task(conf: DictConfig) -> None:
@@ -17,6 +17,7 @@ def task(conf: DictConfig) -> None:
 
         for folder in conf.sweep if isinstance(conf.sweep, ListConfig) else [conf.sweep]:
             view(Path(str(folder)).expanduser())
+        leave_nothing(Path(HydraConfig.get().runtime.output_dir))
         return
     if conf.evaluation is None:
         raise UserError("nothing says what to judge; choose a preset, such as experiment=rsnet/swap")

@@ -3,7 +3,7 @@
 from omegaconf import DictConfig
 
 from mrgen.errors import UserError
-from mrgen.launch.app import run_app
+from mrgen.launch.app import leave_nothing, run_app
 from mrgen.launch.sweeping import check_objective, kept, table_at_the_end
 
 
@@ -22,13 +22,16 @@ def task(conf: DictConfig) -> float | None:
 
     if "evaluation" in conf:
         raise UserError(f"{conf.name} is a preset of mrgen-evaluate: there is nothing in it to train")
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    if not isinstance(conf.plan, bool):
+        raise UserError(f"plan={conf.plan}: expected true or false")
     if conf.plan:
         from mrgen.launch.plan import plan, show
 
         show(conf.name, plan(conf))
+        leave_nothing(run_dir)
         return None
     check_objective(conf)
-    run_dir = Path(HydraConfig.get().runtime.output_dir)
     if ranks.is_estimator(conf.model):
         if not ranks.first_rank():
             return None

@@ -28,6 +28,13 @@ def test_hadolint_finds_nothing():
     assert found.returncode == 0, found.stdout
 
 
+def test_shellcheck_finds_nothing():
+    """In the batch script that runs the image."""
+    found = subprocess.run([tool("shellcheck"), "docs/apptainer.sbatch"], cwd=ROOT, capture_output=True, text=True)
+
+    assert found.returncode == 0, found.stdout
+
+
 def test_what_it_copies_is_there_and_not_ignored():
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split("\n")
     kept = {line[1:] for line in ignored if line.startswith("!")}
@@ -67,6 +74,12 @@ def test_nobody_runs_as_root(target):
 
 def test_make_docker_builds_both_targets():
     make = tool("make")
-    planned = subprocess.run([make, "-n", "docker"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    asked = ["-n", "docker", "TORCH_INDEX=https://cpu", "ARGUMENTS=--pull"]
+    planned = subprocess.run([make, *asked], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    cpu, gpu = planned.splitlines()
 
-    assert all(f"--target {target} -t mrgen:{target}" in planned for target in ("cpu", "gpu"))
+    assert "--pull" in cpu
+    assert "--build-arg TORCH_INDEX=https://cpu --target cpu -t mrgen:cpu" in cpu
+    assert "--pull" in gpu
+    assert "--target gpu -t mrgen:gpu" in gpu
+    assert "TORCH_INDEX" not in gpu  # wheels without CUDA

@@ -7,7 +7,14 @@ from pytorch_lightning import LightningModule, Trainer
 
 from mrgen.errors import UserError
 
-__all__ = ["EarlyStopping", "check_monitor"]
+__all__ = ["EarlyStopping", "check_logged", "check_monitor"]
+
+
+def check_logged(monitor: str, module: Any) -> None:
+    """Raises UserError for a monitor that a method's validation does not log."""
+    names = [f"val/{name}" for name in module.val_means]
+    if monitor not in names:
+        raise UserError(f"monitor is {monitor}; {type(module).__name__} logs {', '.join(names)}: choose one of these")
 
 
 def check_monitor(name: str, monitor: str | None, trainer: Any, module: LightningModule) -> None:
@@ -29,10 +36,16 @@ def check_monitor(name: str, monitor: str | None, trainer: Any, module: Lightnin
             f"callbacks={name} follows {monitor}, and data.split.val=0 leaves nobody to validate on; raise it, or "
             f"leave {name} out"
         )
+    if trainer.limit_val_batches == 0:
+        raise UserError(
+            f"callbacks={name} follows {monitor}, and trainer.limit_val_batches=0 (trainer=debug) validates nothing; "
+            f"leave {name} out"
+        )
     if (stages := getattr(module, "stages", 1)) > 1:
         raise UserError(
             f"callbacks={name} would end {type(module).__name__} in the first of its {stages} stages; leave {name} out"
         )
+    check_logged(monitor, module)
 
 
 class EarlyStopping(pytorch_lightning.callbacks.EarlyStopping):
@@ -43,11 +56,16 @@ class EarlyStopping(pytorch_lightning.callbacks.EarlyStopping):
         patience: validations without improvement until the end.
         min_delta: the least improvement that counts.
 
+    Raises:
+        UserError: a patience below 1.
+
     Attributes:
         stopped: why it ended the training; None where it did not.
     """
 
     def __init__(self, monitor: str | None, patience: int = 20, min_delta: float = 0.0):
+        if patience < 1:
+            raise UserError(f"callbacks.early_stopping.patience is {patience}; expected a whole number from 1 on")
         # None is refused in setup(), where it is known what is trained.
         super().__init__(monitor or "", patience=patience, min_delta=min_delta, check_on_train_epoch_end=False)
 

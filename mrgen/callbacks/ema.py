@@ -1,5 +1,7 @@
 """An exponential moving average of the networks, which is validated and saved in their place."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,6 +83,15 @@ class EMA(WeightAveraging):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._hide(pl_module)
+
+    @contextmanager
+    def shown(self, pl_module: LightningModule) -> Iterator[None]:
+        """The average in the module, for who looks at it between validations."""
+        self._swap_models(pl_module)
+        try:
+            yield
+        finally:
+            self._swap_models(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._hide(pl_module)  # before anybody saves

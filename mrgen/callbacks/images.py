@@ -1,7 +1,7 @@
 """Pictures of what a network makes of a few fixed slices, every so many epochs: what a loss does not tell."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -12,6 +12,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 
+from mrgen.callbacks.ema import EMA
 from mrgen.callbacks.image_grid import Column, difference, draw_grid, edges, greys, labels, variances, window
 from mrgen.data.batch import Batch, volumes
 from mrgen.data.datamodule import CohortDataModule
@@ -85,11 +86,6 @@ class Images(Callback):
         self.drawn = -1  # the last epoch of which there is a picture
         self.failed = False
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Here rather than later: the weights are those that are judged, of an average of weights the average."""
-        if not trainer.sanity_checking:
-            self.on_train_epoch_end(trainer, pl_module)
-
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch, last = trainer.current_epoch + 1, trainer.max_epochs or -1
         every = self.every_n_epochs or (PICTURES if last < 0 else last if last < PICTURES else -(-last // PICTURES))
@@ -107,7 +103,7 @@ class Images(Callback):
         self.drawn = epoch
         path = Path(trainer.default_root_dir) / "images" / f"epoch-{epoch:04d}.png"
         try:
-            with _as_at_test(model), isolate_rng(), _fewer_samples(model, self.mc_samples):
+            with _averaged(trainer, model), _as_at_test(model), isolate_rng(), _fewer_samples(model, self.mc_samples):
                 torch.manual_seed(self.seed)
                 with trainer.precision_plugin.val_step_context():
                     grid = self._grid(trainer.datamodule, model)  # type: ignore[attr-defined]
@@ -141,6 +137,13 @@ class Images(Callback):
 
 
 # ----- what is left as it was ----------------------------------------------------------------------------------------
+
+
+def _averaged(trainer: Trainer, model: LightningModule) -> AbstractContextManager[None]:
+    """With the weights that a checkpoint has: of an average of weights the average."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    ema = next((callback for callback in callbacks if isinstance(callback, EMA)), None)
+    return nullcontext() if ema is None else ema.shown(model)
 
 
 @contextmanager

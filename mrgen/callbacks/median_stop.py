@@ -11,6 +11,7 @@ import yaml
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from mrgen.callbacks.early_stopping import check_monitor
+from mrgen.errors import UserError
 
 __all__ = ["MedianStop", "best_until"]
 
@@ -33,7 +34,7 @@ def best_until(metrics: Path, monitor: str, epoch: int) -> float | None:
 
 
 class MedianStop(Callback):
-    """The median rule, as Optuna's pruner has it, from the ``metrics.csv`` of the runs in the sweep's folder.
+    """The median rule, from the ``metrics.csv`` of the runs in the sweep's folder.
 
     After a validation, a run is ended whose best value so far is worse than the median of its siblings' best values at
     the same epoch. Siblings, whether they still run or have ended, are those that answer the same question: the same
@@ -45,11 +46,17 @@ class MedianStop(Callback):
         warmup: epochs in which no run is ended.
         siblings: how many must have reached the epoch.
 
+    Raises:
+        UserError: a number that is none of these.
+
     Attributes:
         stopped: why it ended the training; None where it did not.
     """
 
     def __init__(self, monitor: str | None, warmup: int = 10, siblings: int = 3):
+        for name, value, least in (("warmup", warmup, 0), ("siblings", siblings, 1)):
+            if value < least:
+                raise UserError(f"callbacks.median_stop.{name} is {value}; expected a whole number from {least} on")
         self.monitor, self.warmup, self.siblings = monitor or "", warmup, siblings
         self.best = math.inf
         self.stopped: str | None = None

@@ -1,8 +1,7 @@
 """The same batches in every epoch, to see whether a network learns at all."""
 
-from typing import Any
-
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities.combined_loader import CombinedLoader
 
 __all__ = ["SameBatches"]
 
@@ -14,6 +13,5 @@ class SameBatches(Callback):
     """
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loaders: Any = trainer.train_dataloader
-        for loader in getattr(loaders, "flattened", [loaders]):
+        for loader in CombinedLoader(trainer.train_dataloader).flattened:  # of unpaired sequences there are several
             loader.sampler.set_epoch(0)

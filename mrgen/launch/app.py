@@ -3,22 +3,35 @@
 Nothing heavy is imported here: ``--help`` must answer in about a second.
 """
 
+import errno
+import functools
 import os
 import secrets
+import shutil
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from difflib import get_close_matches
+from pathlib import Path
 from typing import NoReturn
 
 import hydra
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mrgen.errors import UserError
 from mrgen.launch.paths import CONF_DIR
 
-__all__ = ["TOKEN", "Reported", "fail", "register_resolvers", "run_app", "run_hydra", "sentence"]
+__all__ = ["TOKEN", "Reported", "fail", "leave_nothing", "register_resolvers", "run_app", "run_hydra", "sentence"]
+
+# What a library meets in a place that the user gave it: no permission, a file system that is read only, no room.
+PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+# What lies in a folder of which nothing came.
+NOTHING = {".hydra", "config.yaml", "environment.json", "split.json", "status.json"}
 
 # One token a process: two runs or sweeps that start in the same second must not share a folder.
 TOKEN = secrets.token_hex(2)
@@ -65,13 +78,38 @@ def run_app(config_name: str, task: Callable[[DictConfig], object]) -> None:
         task: called with the composed config, once a job.
     """
     try:
-        run_hydra(config_name, task)
+        run_hydra(config_name, _refusing(task))
     except Exception as error:
         if (said := sentence(error)) is None:
             raise
         fail(said)
     except KeyboardInterrupt:
         fail("interrupted")
+
+
+def _refusing(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], object]:
+    """A task that says itself what its user can mend: Hydra would put a line of its own in front."""
+
+    @functools.wraps(task)
+    def refusing(conf: DictConfig) -> object:
+        try:
+            return task(conf)
+        except Exception as error:
+            hydra_conf = HydraConfig.get()
+            if hydra_conf.mode != RunMode.RUN or (said := sentence(error)) is None:
+                raise
+            leave_nothing(Path(hydra_conf.runtime.output_dir))
+            fail(said)
+
+    return refusing
+
+
+def leave_nothing(folder: Path) -> None:
+    """Removes the folder that a process made for what then was refused; one that a user has named stays."""
+    if TOKEN in folder.name and folder.is_dir() and all(path.name in NOTHING for path in folder.iterdir()):
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # others lie beside it
+            folder.parent.rmdir()
 
 
 def run_hydra(config_name: str, task: Callable[[DictConfig], object]) -> None:
@@ -88,17 +126,27 @@ def run_hydra(config_name: str, task: Callable[[DictConfig], object]) -> None:
 def sentence(error: BaseException) -> str | None:
     """What to tell a user who can mend it; None for a bug of ours.
 
-    A ``UserError``, what has been reported, Hydra's own complaints and a YAML file that is none are of the first kind.
+    A ``UserError``, what has been reported, Hydra's own complaints, a YAML file that is none and a place that cannot be
+    written to are of the first kind.
     """
     if isinstance(error, UserError | Reported):
         return str(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
         if ours := _of_resolver(error):
             return ours
-        hint = "\nSet the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace."
-        return str(error).replace(hint, "") + _valid_keys(error) + _presets(error)
+        if isinstance(error, MissingConfigException):
+            return _missing(error)
+        # Of Hydra's advice what would end in a key that nobody reads, or in a traceback.
+        unwanted = ("Set the environment variable HYDRA_FULL_ERROR", "To append to your config use")
+        lines = [line for line in str(error).splitlines() if not line.startswith(unwanted)]
+        return "\n".join(lines) + _valid_keys(error) + _elsewhere(str(error))
+    if isinstance(error, ValueError) and str(error).startswith("Config group override"):
+        return f"{error}\nFor none of a group's options write an empty list: callbacks=[]"
     if isinstance(error, yaml.YAMLError):
         return f"a YAML file cannot be read: {error}"
+    if isinstance(error, OSError) and error.errno in PLACE:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{os.strerror(error.errno)}; this process must be able to read and write there, and needs room"
     return None
 
 
@@ -127,13 +175,29 @@ def _valid_keys(error: BaseException) -> str:
     return ""
 
 
-def _presets(error: BaseException) -> str:
-    """The presets there are, where one was asked for that is not; or the package that brings what is missing."""
-    missing = str(error.missing_cfg_file) if isinstance(error, MissingConfigException) else ""
+def _elsewhere(said: str) -> str:
+    """Where what was asked for would be right."""
+    if "No match in the defaults list" in said and "'experiment/" in said:
+        return "\nIt is a preset of another command: mrgen-train trains, mrgen-evaluate judges."
+    options = (path.stem for path in (CONF_DIR / "callbacks").glob("*.yaml"))
+    asked = next((name for name in options if f"'callbacks.{name}." in said), None)
+    return f"\nThis run has no such callback: callbacks=[images,{asked}] adds it." if asked else ""
+
+
+def _missing(error: MissingConfigException) -> str:
+    """What there is in a group, where an option was asked for that is not; or the package that brings it."""
+    said = str(error).partition("\nConfig search path:")[0].rstrip()
+    missing = str(error.missing_cfg_file)
     if missing.startswith("hydra/sweeper/optuna"):
-        return "\nOptuna is not installed: pip install 'mrgen[optuna]'"
-    if not missing.startswith("experiment/"):
-        return ""
-    folder = CONF_DIR / "experiment"
-    presets = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
-    return f"\npresets: {', '.join(presets)}"
+        return f"{said}\nOptuna is not installed: pip install 'mrgen[optuna]'"
+    group, _, asked = missing.partition("/")
+    folder = CONF_DIR / group
+    if group not in ("experiment", "trainer", "callbacks"):  # of the others Hydra tells
+        return said
+    options = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    near = get_close_matches(asked, options, 3)
+    return (
+        said.partition("\n")[0]
+        + (f"\nnearest: {', '.join(near)}" if near else "")
+        + f"\n{'presets' if group == 'experiment' else 'options'}: {', '.join(options)}"
+    )

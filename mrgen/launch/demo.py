@@ -13,9 +13,9 @@ from rich.console import Console
 
 from mrgen.launch.app import register_resolvers
 from mrgen.launch.evaluating import evaluate
-from mrgen.launch.going_on import has_begun
 from mrgen.launch.paths import CONF_DIR
 from mrgen.launch.preparing import prepare
+from mrgen.launch.status import has_begun
 from mrgen.launch.training import train
 
 __all__ = ["demo"]

@@ -19,8 +19,8 @@ from mrgen.evaluation.swap import REAL, Swap
 from mrgen.launch.instantiate import instantiate_mrgen
 from mrgen.launch.reporting import Judged, check, report
 from mrgen.launch.runs import Run, load_run
-from mrgen.launch.status import read_status
-from mrgen.launch.trainer import build_trainer
+from mrgen.launch.status import is_alive, read_status
+from mrgen.launch.trainer import FAST, build_trainer
 from mrgen.launch.training import build_datamodule, checked_seed
 from mrgen.protocols import Segmenter, Synthesizer
 
@@ -113,10 +113,15 @@ def finished_runs(conf: DictConfig) -> list[Any]:
 
 def _of_sweep(folder: Path) -> list[Path]:
     """The finished runs of a sweep, in the order of their jobs; of the others it says what became of them."""
-    states = {path.parent: read_status(path.parent)["state"] for path in folder.glob("*/status.json")}
+    if not folder.is_dir():
+        raise UserError(f"sweep={folder}: found no such folder; expected that of mrgen-train -m")
+    states = {path.parent: _state(path.parent) for path in folder.glob("*/status.json")}
     finished = [path for path, state in states.items() if state == "finished"]
     if not finished:
-        raise UserError(f"sweep={folder}: no finished run there; expected the folder of mrgen-train -m")
+        raise UserError(
+            f"sweep={folder}: no finished run there; expected the folder of mrgen-train -m, and how far its jobs are "
+            f"shows: mrgen-evaluate sweep={folder}"
+        )
     for path, state in states.items():
         if state != "finished":
             print(f"{path}: {state}, left out")
@@ -126,6 +131,13 @@ def _of_sweep(folder: Path) -> list[Path]:
         return [int(part) if place % 2 else part for place, part in enumerate(parts)]
 
     return sorted(finished, key=job)
+
+
+def _state(run_dir: Path) -> str:
+    status = read_status(run_dir)
+    if status["state"] == "running" and not is_alive(status):
+        return "lost"
+    return "not trained" if str(status.get("stopped")).startswith(FAST) else status["state"]
 
 
 def by_subjects(conf: DictConfig, runs: list[Run]) -> list[list[Run]]:

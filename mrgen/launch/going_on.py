@@ -10,27 +10,22 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning import Callback, LightningModule, Trainer
 
 from mrgen.callbacks.preemption import RESUME
 from mrgen.callbacks.provenance import KEY
 from mrgen.errors import UserError
-from mrgen.launch.fitting import ESTIMATOR
 from mrgen.launch.instantiate import plain
+from mrgen.launch.resuming import is_free
 from mrgen.launch.status import is_alive, read_status
 from mrgen.launch.writing import remove_leftovers
 
-__all__ = ["Saved", "check_config", "has_begun", "is_finished", "newest", "only_here"]
+__all__ = ["SameStart", "Saved", "check_config", "is_finished", "newest", "only_here"]
 
-# What may be another when a run goes on, because it changes nothing of what the weights will be, or only how long they
-# are trained. All below a key is meant as well.
-FREE = (
-    *("callbacks.images", "data.root", "data.store", "data.workers", "launch", "name", "plan", "resume", "tracking"),
-    *("trainer.accelerator", "trainer.enable_progress_bar", "trainer.log_every_n_steps"),
-    *("trainer.max_epochs", "trainer.max_time"),
-)
 WAIT = 10.0  # seconds: loaders of a process that was killed live on for half of it, and hold its lock
 
 
@@ -81,10 +76,16 @@ def newest(run_dir: Path) -> Saved | None:
         if not path.is_file():
             continue
         try:
+            with ZipFile(path) as archive:  # torch does not look at the sums that it wrote
+                if archive.testzip():
+                    raise BadZipFile
             content = torch.load(path, weights_only=True, map_location="cpu")
             steps = int(content["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"])
         except Exception as error:  # corrupt, truncated, or holding more than plain containers
-            raise UserError(f"{path}: cannot be read as a checkpoint of mrgen ({type(error).__name__})") from error
+            raise UserError(
+                f"{path}: cannot be read as a checkpoint of mrgen ({type(error).__name__}); put back a copy that is "
+                "whole, or remove the file: the run goes on from the other one in that folder, or starts over"
+            ) from error
         # At the end of an epoch the batches are counted; in the middle of one the last of them is not yet.
         step = steps if name == RESUME else steps - 1
         if found is None or step > found.step:
@@ -92,9 +93,22 @@ def newest(run_dir: Path) -> Saved | None:
     return found
 
 
-def has_begun(run_dir: Path) -> bool:
-    """Whether the folder holds anything that was learned."""
-    return any((run_dir / part).is_file() for part in ("checkpoints/last.ckpt", f"checkpoints/{RESUME}", ESTIMATOR))
+class SameStart(Callback):
+    """Ends ranks that would go on from different checkpoints: only the first one waits for another process's end.
+
+    Args:
+        step: from which this rank goes on, -1 from the start.
+    """
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if (first := trainer.strategy.broadcast(self.step)) != self.step:
+            raise UserError(
+                f"rank {trainer.global_rank} found a checkpoint of step {self.step} and the first rank one of step "
+                f"{first}, because another process was still saving; start the run again"
+            )
 
 
 def _earlier(run_dir: Path) -> DictConfig | None:
@@ -118,7 +132,7 @@ def check_config(conf: DictConfig, run_dir: Path) -> None:
     if earlier is None:
         return
     changed = _differences(plain(earlier), plain(conf))
-    changed = {key: pair for key, pair in changed.items() if not any(f"{key}.".startswith(f"{free}.") for free in FREE)}
+    changed = {key: pair for key, pair in changed.items() if not is_free(key)}
     if changed:
         said = "; ".join(f"{key}: {_shown(old)} there, {_shown(new)} here" for key, (old, new) in changed.items())
         raise UserError(

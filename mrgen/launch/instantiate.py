@@ -87,10 +87,20 @@ def _check_types(target: str, called: Any, given: Mapping[str, Any]) -> None:
         return
     for key, value in given.items():
         if key in hints and not _fits(value, hints[key]):
-            expected = getattr(hints[key], "__name__", None) or str(hints[key])
-            expected = str(hints[key]) if typing.get_args(hints[key]) else expected
-            expected = expected.replace("typing.", "").replace("collections.abc.", "")
-            raise UserError(f"{target}: {key} is {value!r}; expected {expected}")
+            raise UserError(f"{target}: {key} is {value!r}; expected {' or '.join(_expected(hints[key]))}")
+
+
+def _expected(hint: Any) -> list[str]:
+    """An annotation in a reader's words."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return [*dict.fromkeys(word for argument in arguments for word in _expected(argument))]
+    if origin is typing.Literal:
+        return [str(value) for value in arguments]
+    if origin is not None or not isinstance(hint, type):
+        return [str(hint).replace("typing.", "").replace("collections.abc.", "")]
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
+    return [words.get(hint, hint.__name__)]
 
 
 def _fits(value: Any, hint: Any) -> bool:

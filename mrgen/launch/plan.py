@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mrgen.data.layouts import Layout
 from mrgen.errors import UserError
 from mrgen.launch.instantiate import instantiate, plain
-from mrgen.launch.trainer import choose_precision
+from mrgen.launch.trainer import check_epochs, choose_precision
 from mrgen.launch.training import build_datamodule, fill_from_store
 from mrgen.nets.blocks import ConvBlock3d
 from mrgen.papers.brain_clustering.estimator import Estimator
@@ -45,6 +45,9 @@ def plan(conf: DictConfig) -> dict[str, Any]:
         ``parameters``, ``crop`` (voxels), ``memory_gib`` of one step, ``steps_per_epoch``, ``epochs``, ``steps``,
         ``teraflop_per_step`` and ``hours`` (None where the store is missing).
     """
+    check_epochs(conf.trainer.max_epochs)
+    if not conf.trainer.max_epochs or conf.trainer.max_epochs < 1:
+        raise UserError("trainer.max_epochs has no end, and a plan needs one; give a number of epochs")
     full = FULL_SIZE[:2] if conf.data.sampling._target_.endswith(".AxialSlice") else FULL_SIZE
     try:
         fill_from_store(conf)
@@ -144,11 +147,14 @@ def show(name: str, result: dict[str, Any]) -> None:
     table.add_row("parameters", f"{result['parameters']:,}")
     table.add_row("crop", " × ".join(map(str, result["crop"])))
     table.add_row("precision", result["precision"])
-    table.add_row("memory of a step", f"about {result['memory_gib']:.1f} GiB")
+    memory = result["memory_gib"]
+    said = f"{memory:.1f} GiB" if memory >= 1 else f"{1024 * memory:.0f} MiB"
+    table.add_row("memory of a step", f"about {said}")
     steps = "unknown: prepare the cohort, or set data.steps_per_epoch"
     if result["steps"] is not None:
         steps = f"{result['steps']:,} = {result['epochs']} epochs × {result['steps_per_epoch']}"
     table.add_row("steps", steps)
     table.add_row("work of a step", f"{result['teraflop_per_step']:.3f} TFLOP")
-    table.add_row("duration", "unknown" if hours is None else f"about {hours:.1f} hours on this machine")
+    known = hours is not None and (f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes")
+    table.add_row("duration", f"about {known} on this machine" if known else "unknown")
     Console().print(table)

@@ -26,9 +26,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from mrgen.errors import UserError
 from mrgen.launch import app
-from mrgen.launch.resuming import saved_config
+from mrgen.launch.resuming import saved_config, settled
 from mrgen.launch.slurm import step_tasks
-from mrgen.launch.status import read_status, write_json
+from mrgen.launch.status import is_alive, read_status, write_json
 
 __all__ = [
     "check_ranks",
@@ -163,7 +163,7 @@ def train_on_devices(conf: DictConfig, run_dir: Path) -> None:
     devices = count_devices(conf.trainer)
     with tempfile.TemporaryDirectory(prefix="mrgen-ranks-") as name:
         folder = Path(name)
-        OmegaConf.save(conf, folder / "config.yaml")
+        OmegaConf.save(settled(conf), folder / "config.yaml")
         command = [sys.executable, "-m", "mrgen.launch.ranks", *rank_arguments(run_dir, folder)]
         sys.stdout.flush()
         processes: list[subprocess.Popen[bytes]] = []
@@ -218,7 +218,8 @@ def _forwarding(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[s
             process.send_signal(sent)
 
     known = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-    before = {number: signal.signal(number, forward) for number in known}
+    # What nohup, or a shell in the background, lets processes ignore stays ignored.
+    before = {n: signal.signal(n, forward) for n in known if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield received
     finally:
@@ -306,9 +307,12 @@ def _end_of(code: int) -> str:
 
 
 def record_failure(run_dir: Path, reason: str) -> None:
-    """What the first rank could not know, or had no time to write."""
+    """What the first rank could not know, or had no time to write; not where another process trains the run."""
     status = read_status(run_dir)
-    if status.get("state") not in ("finished", "preempted"):
+    state, own = status.get("state"), status.get("pid") == os.getpid()
+    if state in ("finished", "preempted") or (state == "running" and not own and is_alive(status)):
+        return
+    with suppress(UserError, OSError):  # the disk is full, which may be the reason
         write_json(run_dir / "status.json", {**status, "state": "failed", "reason": reason})
 
 

@@ -8,18 +8,22 @@ from typing import Any
 from omegaconf import DictConfig
 
 from mrgen.errors import UserError
+from mrgen.launch.ranks import is_estimator
 from mrgen.launch.slurm import ask
 
-__all__ = ["Node", "Resources", "check_partition", "check_settings", "derive", "partitions"]
+__all__ = ["Node", "Resources", "check_partition", "checked_settings", "derive", "partitions", "whole"]
 
 # Options of sbatch that follow from the trainer or have a key of their own.
 DERIVED = {
     "array": "array_parallelism",
     "constraint": "constraint",
     "cpus-per-task": "cpus_per_task",
+    "gpus": "gpus_per_node",
     "gpus-per-node": "gpus_per_node",
+    "gpus-per-task": "gpus_per_node",
     "mem": "mem_gb",
     "nodes": "nodes",
+    "ntasks": "tasks_per_node",
     "ntasks-per-node": "tasks_per_node",
     "partition": "partition",
     "signal": "signal_delay_s",
@@ -82,14 +86,16 @@ def derive(conf: DictConfig, settings: Mapping[str, Any]) -> Resources:
     """
     trainer = conf.trainer
     devices, nodes = trainer.devices, trainer.get("num_nodes", 1)
+    accelerator = trainer.get("accelerator", "auto")
+    if is_estimator(conf.model):  # whatever the trainer says
+        devices, nodes, accelerator = 1, 1, "cpu"
     if not str(devices).isdecimal() or int(devices) < 1:
         raise UserError(
             f"trainer.devices={devices}: a job of SLURM asks for a number of devices on each node; expected 1, 2, …"
         )
     tasks = int(devices)
-    accelerator = trainer.get("accelerator", "auto")
     gpus = tasks if accelerator in ("auto", "gpu", "cuda") else 0
-    follows = {"nodes": int(nodes), "tasks_per_node": tasks, "gpus_per_node": gpus}
+    follows = {"nodes": whole("trainer.num_nodes", nodes), "tasks_per_node": tasks, "gpus_per_node": gpus}
     for key, value in follows.items():
         if settings.get(key) is not None and settings[key] != value:
             raise UserError(
@@ -97,7 +103,7 @@ def derive(conf: DictConfig, settings: Mapping[str, Any]) -> Resources:
                 f"trainer.num_nodes={nodes} trainer.accelerator={accelerator}); change the trainer, and leave "
                 f"hydra.launcher.{key} out"
             )
-    workers = int(conf.data.get("workers") or 0)
+    workers = whole("data.workers", conf.data.get("workers", 0), 0)
     memory = settings.get("mem_gb")
     return Resources(
         **follows,
@@ -106,8 +112,19 @@ def derive(conf: DictConfig, settings: Mapping[str, Any]) -> Resources:
     )
 
 
-def check_settings(settings: Mapping[str, Any]) -> None:
-    """Raises UserError for settings that mean nothing or contradict themselves, whatever the job."""
+def whole(key: str, value: Any, least: int = 1) -> int:
+    """The value of a key. Raises UserError where it is no whole number, or less than the least."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{key}={value}: expected a whole number from {least} on")
+    return value
+
+
+def checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, names that look like numbers as text.
+
+    Raises:
+        UserError: some mean nothing or contradict themselves, whatever the job.
+    """
     for key in settings:
         if key not in KEYS:
             raise UserError(
@@ -117,9 +134,23 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     for key in ("timeout_min", "signal_delay_s", "array_parallelism", "cpus_per_task", "mem_gb"):
         value = settings[key]
         unset = value is None and key in ("cpus_per_task", "mem_gb")
-        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        if not (unset or whole or (key == "mem_gb" and isinstance(value, int | float) and value >= 0)):
-            raise UserError(f"hydra.launcher.{key}={value}: expected a whole number from 1 on")
+        if not (unset or (key == "mem_gb" and isinstance(value, int | float) and value >= 0)):
+            whole(f"hydra.launcher.{key}", value)
+    names: dict[str, str | None] = {}
+    for key in ("partition", "account", "qos", "constraint", "gpu_type"):
+        value = settings[key]
+        if not (value is None or isinstance(value, str | int)):
+            raise UserError(
+                f"hydra.launcher.{key}={value}: expected a name; several partitions are written "
+                "'hydra.launcher.partition=\"gpu,long\"'"
+            )
+        names[key] = None if value is None else str(value)
+    for key, kind, example in (
+        ("setup", list, "[module load cuda]"),
+        ("additional_parameters", dict, "{comment: mine}"),
+    ):
+        if not isinstance(settings[key], kind):
+            raise UserError(f"hydra.launcher.{key}={settings[key]}: expected the like of {example}")
     minutes, delay = settings["timeout_min"], settings["signal_delay_s"]
     if delay >= 60 * minutes:
         raise UserError(
@@ -132,6 +163,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise UserError(
                 f"hydra.launcher.additional_parameters.{option}: has a key of its own, hydra.launcher.{DERIVED[name]}"
             )
+    return {**settings, **names}
 
 
 def partitions() -> dict[str, list[Node]] | None:

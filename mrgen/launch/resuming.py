@@ -4,19 +4,46 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from mrgen.errors import UserError
 from mrgen.launch.paths import CONF_DIR
 
-__all__ = ["MULTIRUN", "as_written", "quoted", "resumed", "saved_config"]
+__all__ = ["MULTIRUN", "as_written", "is_free", "quoted", "resumed", "saved_config", "settled"]
 
 MULTIRUN = "multirun.yaml"
+# What may be another when a run goes on, because it changes nothing of what the weights will be, or only how long they
+# are trained. All below a key is meant as well.
+FREE = (
+    *("callbacks.images", "data.root", "data.store", "data.workers", "launch", "name", "plan", "resume", "tracking"),
+    *("trainer.accelerator", "trainer.enable_progress_bar", "trainer.log_every_n_steps"),
+    *("trainer.max_epochs", "trainer.max_time"),
+)
+
+
+def is_free(key: str) -> bool:
+    """Whether a key of the config may be another when a run goes on."""
+    return any(f"{key}.".startswith(f"{free}.") for free in FREE)
 
 
 def as_written(overrides: Any) -> list[str]:
     """A list of arguments that a config holds, with interpolations that are for a job to resolve."""
     return OmegaConf.to_container(overrides, resolve=False)  # type: ignore[return-value]
+
+
+def settled(config: DictConfig) -> DictConfig:
+    """A copy with the values of ``${hydra:…}``, which another process would look up in a Hydra of its own."""
+    content = OmegaConf.to_container(config, resolve=False)
+
+    def settle(here: Any, node: Any) -> None:
+        for key, value in list(here.items() if isinstance(here, dict) else enumerate(here)):
+            if isinstance(value, dict | list):
+                settle(value, node[key])
+            elif isinstance(value, str) and "${hydra:" in value:
+                here[key] = node[key]
+
+    settle(content, config)
+    return OmegaConf.create(content)  # type: ignore[arg-type,return-value]
 
 
 def quoted(path: Path) -> str:
@@ -92,10 +119,10 @@ def _resumed_sweep(folder: Path, others: Sequence[str]) -> list[str]:
     once = [
         argument
         for argument in dict.fromkeys(as_written(hydra.overrides.hydra) + as_written(hydra.overrides.task))
-        if not argument.startswith(("resume=", "hydra.sweep.dir=", "hydra.mode="))
+        if not argument.startswith(("resume=", "plan=", "hydra.sweep.dir=", "hydra.mode="))
     ]
     _check_sweep(folder, once, others)
-    new = {a.partition("=")[0] for a in others if a.startswith("hydra/")}
+    new = {a.partition("=")[0] for a in others}
     extra = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
     return [
         *(argument for path in extra for argument in ("--config-dir", path)),
@@ -120,7 +147,10 @@ def _check_sweep(folder: Path, once: Sequence[str], others: Sequence[str]) -> No
         key = override.get_key_element()
         if override.is_sweep_override() or key in swept:
             raise UserError(f"{argument}: {folder} goes on with the jobs it has; start another sweep for others")
-        if (CONF_DIR / key).is_dir() and not key.startswith("hydra/"):
+        # Otherwise jobs that have not begun would train with it, and those that have would refuse it ever after; by
+        # another name they would begin anew in other folders.
+        kept = key == "name" or not is_free(key) or (CONF_DIR / key).is_dir()
+        if kept and argument not in once and not key.startswith(("hydra/", "hydra.")):
             raise UserError(
                 f"{argument}: a resumed sweep keeps its {key}; only what leaves its weights alone can be changed, and "
                 "trainer.max_epochs"

@@ -14,7 +14,17 @@ from typing import Any
 
 from mrgen.errors import UserError
 
-__all__ = ["SIGNALS", "ask", "cluster_environment", "job_states", "queue_states", "requeue", "run_rank", "step_tasks"]
+__all__ = [
+    "OVER",
+    "SIGNALS",
+    "ask",
+    "cluster_environment",
+    "job_states",
+    "queue_states",
+    "requeue",
+    "run_rank",
+    "step_tasks",
+]
 
 # USR2 is what the launcher asks SLURM for, before the time is over and at a preemption; sites that send no signal of
 # the job's own at a preemption send TERM; USR1 is Lightning's convention.
@@ -32,8 +42,10 @@ MAX_REQUEUES = "MRGEN_MAX_REQUEUES"
 
 def ask(*command: str) -> str | None:
     """What a command of SLURM answers; None where it is not there, fails, or says nothing for a minute."""
+    # Defaults of the user's own would leave partitions and jobs out.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SINFO_", "SQUEUE_"))}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None

@@ -6,13 +6,17 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from mrgen.errors import Preempted, UserError
 from mrgen.launch.writing import replacing
 
-__all__ = ["is_alive", "read_status", "recorded", "write_json"]
+__all__ = ["Outcome", "has_begun", "is_alive", "read_status", "recorded", "runs_here", "write_json"]
+
+LEARNED = ("checkpoints/last.ckpt", "checkpoints/resume.ckpt", "estimator/estimator.json")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -26,6 +30,16 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     """The run's status; ``{}`` where there is none."""
     path = run_dir / "status.json"
     return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def has_begun(run_dir: Path) -> bool:
+    """Whether the folder holds anything that was learned."""
+    return any((run_dir / part).is_file() for part in LEARNED)
+
+
+def runs_here(status: Mapping[str, Any]) -> bool:
+    """Whether a process of this machine trains the run; False of another machine's, which cannot be asked."""
+    return status.get("state") == "running" and status.get("host") == socket.gethostname() and is_alive(status)
 
 
 def is_alive(status: Mapping[str, Any]) -> bool:
@@ -45,12 +59,25 @@ def is_alive(status: Mapping[str, Any]) -> bool:
         boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime ")).split()
         began = int(boot[1]) + ticks / os.sysconf("SC_CLK_TCK")
         # A process that is younger than the run got the number of one that has ended.
-        return began < time.mktime(time.strptime(status["started"][:19], "%Y-%m-%dT%H:%M:%S")) + 5
+        return began < datetime.fromisoformat(status["started"]).timestamp() + 5
     return True
 
 
+@dataclass
+class Outcome:
+    """What a run tells of itself while it is recorded.
+
+    Attributes:
+        begun: whether it has begun to train; what is refused before leaves an earlier status as it was.
+        stopped: why it ended before its last epoch, where it finished nevertheless.
+    """
+
+    begun: bool = False
+    stopped: str | None = None
+
+
 @contextmanager
-def recorded(run_dir: Path, *, command: str, enabled: bool = True) -> Iterator[dict[str, Any]]:
+def recorded(run_dir: Path, *, command: str, enabled: bool = True) -> Iterator[Outcome]:
     """Keeps the status file true while a run is under way, and ends every failure with the line that resumes it.
 
     A run that was killed still says ``running``, with the process that it was.
@@ -61,15 +88,16 @@ def recorded(run_dir: Path, *, command: str, enabled: bool = True) -> Iterator[d
         enabled: False on every rank but the first.
 
     Yields:
-        What the status of a run that finishes will say beside that, to be filled.
+        To be filled.
     """
+    earlier = read_status(run_dir)
     status: dict[str, Any] = {
         "state": "running",
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }
-    outcome: dict[str, Any] = {}
+    outcome = Outcome()
 
     def save(**change: Any) -> None:
         status.update(change)
@@ -80,14 +108,19 @@ def recorded(run_dir: Path, *, command: str, enabled: bool = True) -> Iterator[d
     try:
         yield outcome
     except BaseException as error:
-        with suppress(UserError):  # the disk is full, which may be what the run failed for
-            save(**_ending(error), ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        with suppress(UserError, OSError):  # the disk is full, which may be what the run failed for
+            if earlier and isinstance(error, UserError) and not outcome.begun:
+                status = earlier
+                save()
+            else:
+                save(**_ending(error), ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
         if enabled:
             _say_how_to_go_on(run_dir, command)
         if isinstance(error, SystemExit) and not error.code:  # Lightning's answer to SIGTERM would end with code 0
             raise SystemExit(143) from error
         raise
-    save(state="finished", ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"), **outcome)
+    stopped = {"stopped": outcome.stopped} if outcome.stopped else {}
+    save(state="finished", ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"), **stopped)
 
 
 def _ending(error: BaseException) -> dict[str, str]:
@@ -107,7 +140,10 @@ def _say_how_to_go_on(run_dir: Path, command: str) -> None:
     import shlex
     import sys
 
+    if (run_dir.parent / "sweep.json").is_file():  # whose table says how to go on with all
+        return
     line = f"resume with: {command} {shlex.quote(f'resume={run_dir}')}"
     if not any((run_dir / "checkpoints" / f"{name}.ckpt").is_file() for name in ("resume", "last")):
         line += "  (no checkpoint yet: it starts over)"
-    atexit.register(lambda: print(line, file=sys.stderr, flush=True))
+    # Where nothing had begun the folder may be gone by then.
+    atexit.register(lambda: run_dir.is_dir() and print(line, file=sys.stderr, flush=True))

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, open_dict
 
 from mrgen.errors import UserError
 from mrgen.launch.app import Reported
-from mrgen.launch.resources import Resources, check_partition, check_settings, derive, partitions
+from mrgen.launch.resources import Resources, check_partition, checked_settings, derive, partitions, whole
 from mrgen.launch.slurm import ask, queue_states, run_rank
 from mrgen.launch.status import read_status
 from mrgen.launch.sweeps import Job, objective, read_jobs, write_jobs
@@ -32,6 +32,13 @@ HELD_BACK = (
     "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM}); "
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
+# Of the environment, by sbatch, to options of a batch script that has them; conf/hydra/launcher/slurm.yaml reads some.
+PREFERRED = {
+    *("SBATCH_ACCOUNT", "SBATCH_ARRAY_INX", "SBATCH_CONSTRAINT", "SBATCH_ERROR", "SBATCH_GPUS", "SBATCH_GPUS_PER_NODE"),
+    *("SBATCH_GPUS_PER_TASK", "SBATCH_JOB_NAME", "SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU", "SBATCH_MEM_PER_NODE"),
+    *("SBATCH_NO_REQUEUE", "SBATCH_OPEN_MODE", "SBATCH_OUTPUT", "SBATCH_PARTITION", "SBATCH_QOS", "SBATCH_SIGNAL"),
+    *("SBATCH_TIMELIMIT", "SBATCH_WAIT"),
+}
 
 
 def launch(
@@ -60,7 +67,7 @@ def launch(
         UserError: a job cannot be run there, or asks for what contradicts itself; nothing has been submitted.
     """
     setup_globals()
-    check_settings(settings)
+    settings = checked_settings(settings)
     jobs = [_compose(config, hydra_context, overrides, number) for number, overrides in enumerate(job_overrides, first)]
     detach = any(conf.launch.detach for conf in jobs)
     _check(settings, config, jobs, detach=detach)
@@ -82,7 +89,7 @@ def launch(
     ids = _submit(
         [str(sweep_dir / entries[place].folder) for place in new],
         [resources[place] for place in new],
-        [int(jobs[place].launch.max_requeues) for place in new],
+        [jobs[place].launch.max_requeues for place in new],
         settings,
         sweep_dir,
     )
@@ -92,9 +99,9 @@ def launch(
     if queued := [entry for entry in entries if entry.slurm_id]:
         print(f"{len(new)} jobs submitted to SLURM; cancel them with: {how_to_cancel(queued)}", flush=True)
     if not detach:
-        wait(queued)
+        ended = wait(queued)
         for result, entry, old in zip(returns, entries, before, strict=True):
-            _conclude(result, entry, sweep_dir, old)
+            _conclude(result, entry, sweep_dir, old, ended)
     return returns
 
 
@@ -122,15 +129,21 @@ def _is_finished(result: JobReturn, status: Mapping[str, Any], run_dir: Path) ->
     return is_finished(result.cfg, run_dir)
 
 
-def _conclude(result: JobReturn, entry: Job, sweep_dir: Path, before: Mapping[str, Any]) -> None:
+def _conclude(
+    result: JobReturn, entry: Job, sweep_dir: Path, before: Mapping[str, Any], ended: Mapping[str, str]
+) -> None:
     """Puts a job's end into what Hydra's sweeper is given."""
     assert result.hydra_cfg is not None
-    reason = conclude(entry, sweep_dir, before) if entry.slurm_id else None
+    job = entry.slurm_id
+    reason = conclude(entry, sweep_dir, before, ended.get(job, "forgotten")) if job else None
     if reason is not None:
         print(f"job {entry.number} ({entry.name}) failed: {reason}", file=sys.stderr, flush=True)
-    result.return_value = None if reason else objective(sweep_dir / entry.folder)
-    if result.return_value is None and not _is_basic(result.hydra_cfg):
-        # The basic sweeper asks for no value, and its table of the jobs speaks of failures.
+    run_dir = sweep_dir / entry.folder
+    result.return_value = None if reason else objective(run_dir)
+    # The basic sweeper asks for no value, and its table of the jobs tells of failures, but for that of a run which has
+    # finished, and was to go on for more epochs.
+    told = reason is None or read_status(run_dir).get("state") == "failed"
+    if result.return_value is None and not (told and _is_basic(result.hydra_cfg)):
         result.status, result.return_value = JobStatus.FAILED, Reported(reason or "no value")
 
 
@@ -149,12 +162,14 @@ def _check(settings: Mapping[str, Any], config: DictConfig, jobs: Sequence[DictC
     """Raises UserError for what no cluster could do."""
     if config.hydra.job.name != "mrgen-train" or any("evaluation" in conf for conf in jobs):
         raise UserError("hydra/launcher=slurm submits trainings; leave it out, and -m runs the jobs one after another")
+    for conf in jobs:
+        whole("launch.max_requeues", conf.launch.max_requeues, 0)
     if any(conf.plan for conf in jobs):
         raise UserError("plan=true shows at once what a run costs; leave hydra/launcher=slurm out")
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise UserError(
             "hydra/launcher=slurm: found no sbatch and srun on the PATH; submit where they are, on a login node of the "
-            "cluster, or use hydra/launcher=submitit_local"
+            "cluster, or use hydra/launcher=local"
         )
     if not _is_basic(config) and any(conf.monitor is None for conf in jobs):
         raise UserError("the sweeper needs a value to make small: set monitor=val/loss")
@@ -196,7 +211,7 @@ def _submit(
         Their ids, in the order of ``folders``.
     """
     from submitit import SlurmExecutor
-    from submitit.core.utils import FailedJobError
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     python = shlex.join([sys.executable, "-I", "-S", "-c", HELD_BACK])
     ids: dict[int, str] = {}
@@ -208,10 +223,12 @@ def _submit(
             executor.update_parameters(**_parameters(needed, settings))
             try:
                 jobs = executor.map_array(run_rank, [folders[p] for p in places], [max_requeues[p] for p in places])
-            except FailedJobError as error:
-                if ids:  # all or nothing
+            except BaseException as error:
+                if ids:  # all or nothing: nobody would know of them
                     ask("scancel", *ids.values())
-                raise UserError(f"sbatch refused the job: {str(error).strip()}") from error
+                if isinstance(error, FailedJobError | FailedSubmissionError):
+                    raise UserError(f"sbatch refused the job: {str(error).strip()}") from error
+                raise
             ids |= {place: job.job_id for place, job in zip(places, jobs, strict=True)}
     return [ids[place] for place in range(len(folders))]
 
@@ -244,9 +261,12 @@ def _parameters(needed: Resources, settings: Mapping[str, Any]) -> dict[str, Any
 
 @contextmanager
 def _outside_of_jobs() -> Iterator[None]:
-    """Hides the job that this process is in, an interactive one, say: sbatch hands the environment on to new jobs."""
+    """Hides the job that this process is in, an interactive one, say: sbatch hands the environment on to new jobs.
+
+    And variables that sbatch would prefer to what the batch script says.
+    """
     hidden = ("SLURM_", "SLURMD_", "SRUN_", "MASTER_", "WORLD_SIZE", "LOCAL_RANK", "RANK")
-    kept = {n: v for n, v in os.environ.items() if n.startswith(hidden) and n != "SLURM_CONF"}
+    kept = {n: v for n, v in os.environ.items() if (n.startswith(hidden) and n != "SLURM_CONF") or n in PREFERRED}
     for name in kept:
         del os.environ[name]
     try:

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,13 +14,24 @@ import yaml
 from mrgen.errors import UserError
 from mrgen.launch.ranks import is_estimator
 from mrgen.launch.resuming import MULTIRUN
-from mrgen.launch.slurm import queue_states
+from mrgen.launch.slurm import OVER, job_states
 from mrgen.launch.status import is_alive, read_status, write_json
 
-__all__ = ["Job", "Progress", "objective", "read_jobs", "show", "sweep_status", "view", "write_jobs"]
+__all__ = [
+    "Job",
+    "Progress",
+    "advise",
+    "objective",
+    "own_overrides",
+    "read_jobs",
+    "show",
+    "sweep_status",
+    "view",
+    "write_jobs",
+]
 
 SWEEP = "sweep.json"
-LOST = "its process is gone and left no word; go on with resume=FOLDER"
+LOST = "its process is gone and left no word"
 DASH = "–"
 
 
@@ -58,6 +70,8 @@ def read_jobs(sweep_dir: Path) -> list[Job]:
     """
     path = sweep_dir / SWEEP
     if not path.is_file():
+        if not sweep_dir.is_dir():
+            raise UserError(f"{sweep_dir}: found no such folder; expected that of a sweep of mrgen-train (-m)")
         if (sweep_dir / MULTIRUN).is_file():
             raise UserError(f"{sweep_dir}: a sweep of an earlier version, without {SWEEP}; resume its runs one by one")
         raise UserError(f"{sweep_dir}: found no {SWEEP}; expected the folder of a sweep of mrgen-train (-m)")
@@ -99,22 +113,27 @@ def sweep_status(sweep_dir: Path) -> list[Progress]:
         UserError: the folder is no sweep's.
     """
     jobs = read_jobs(sweep_dir)
-    statuses = {job.number: read_status(sweep_dir / job.folder) for job in jobs}
+
+    def status(job: Job) -> dict[str, Any]:
+        return read_status(sweep_dir / job.folder)
+
     # One that has failed may have been submitted again.
-    asked = [job.slurm_id for job in jobs if job.slurm_id and statuses[job.number].get("state") != "finished"]
-    queue = queue_states(asked)
+    asked = [job.slurm_id for job in jobs if job.slurm_id and status(job).get("state") != "finished"]
+    states = job_states(asked) if asked else None
+    # Read once more: a job may have ended between.
     return [
-        _progress(job, sweep_dir / job.folder, statuses[job.number], queue if job.slurm_id in asked else None)
-        for job in jobs
+        _progress(job, sweep_dir / job.folder, status(job), states if job.slurm_id in asked else None) for job in jobs
     ]
 
 
-def _progress(job: Job, folder: Path, status: dict[str, Any], queue: dict[str, str] | None) -> Progress:
-    """A job's progress; ``queue`` has SLURM's states, and is None where they do not matter or are not known."""
-    state = str(status.get("state", "waiting"))
-    if queue is not None:
-        said = queue.get(str(job.slurm_id))
-        if said is None:
+def _progress(job: Job, folder: Path, status: dict[str, Any], slurm: dict[str, str] | None) -> Progress:
+    """A job's progress; ``slurm`` has the states there, and is None where they do not matter or are not known."""
+    state, reason = str(status.get("state", "waiting")), ""
+    if state != "finished" and slurm is not None:
+        said = slurm.get(str(job.slurm_id), "COMPLETED")  # what it has forgotten has ended
+        if said in OVER:
+            if said != "COMPLETED" and state != "failed":
+                state, reason = "failed", f"SLURM ended it: {said}"
             state = "failed" if state == "failed" else "lost"
         elif said == "RUNNING" or (said == "COMPLETING" and state != "failed"):
             state = "running"
@@ -130,7 +149,7 @@ def _progress(job: Job, folder: Path, status: dict[str, Any], queue: dict[str, s
     return Progress(
         job,
         state,
-        _why(state, status),
+        reason or _why(state, status),
         done,
         None if is_estimator(conf.get("model", {})) else epochs,
         monitor,
@@ -171,30 +190,44 @@ def _config(run_dir: Path) -> dict[str, Any]:
     return {}
 
 
+def own_overrides(jobs: Sequence[Job]) -> dict[int, list[str]]:
+    """What each job was started with that not all of them were, by its number."""
+    common = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set[str]()
+    return {job.number: [override for override in job.overrides if override not in common] for job in jobs}
+
+
 def show(sweep_dir: Path, jobs: Sequence[Progress]) -> None:
     """Prints a table of the jobs; of their overrides those that not all of them have."""
     from rich.console import Console
     from rich.table import Table
 
-    common = set.intersection(*(set(row.job.overrides) for row in jobs)) if len(jobs) > 1 else set()
+    own = own_overrides([row.job for row in jobs])
     table = Table()
     for column in ("job", "name", "state", "epoch", "best", "folder", "overrides"):
         table.add_column(column, justify="right" if column == "job" else "left", overflow="fold")
     for row in jobs:
         epoch = f"{row.epoch}/{row.epochs}" if row.epochs and row.epoch <= row.epochs else str(row.epoch)
         best = DASH if row.best is None else f"{row.best:.4g} ({row.monitor})"
-        own = " ".join(override for override in row.job.overrides if override not in common)
         progress = (row.state, epoch if row.epochs else DASH, best)
-        table.add_row(str(row.job.number), row.job.name, *progress, row.job.folder, own)
+        table.add_row(str(row.job.number), row.job.name, *progress, row.job.folder, " ".join(own[row.job.number]))
     print(f"sweep {sweep_dir}")
     console = Console(markup=False, highlight=False)
     (console if console.is_terminal else Console(width=160, markup=False, highlight=False)).print(table)
 
 
+def advise(sweep_dir: Path, jobs: Sequence[Progress]) -> None:
+    """Prints what there is to do with a sweep; nothing where it has finished, or runs without SLURM."""
+    if any(row.state in ("waiting", "running", "preempted") and row.job.slurm_id for row in jobs):
+        print(f"look at the jobs with: mrgen-evaluate {shlex.quote(f'sweep={sweep_dir}')}")
+    elif any(row.state != "finished" for row in jobs) and not any(row.state == "running" for row in jobs):
+        print(f"go on with: mrgen-train {shlex.quote(f'resume={sweep_dir}')}")
+
+
 def view(sweep_dir: Path) -> None:
-    """Prints how far the jobs of a sweep are, and why some of them ended as they did."""
+    """Prints how far the jobs of a sweep are, why some of them ended as they did, and how to go on."""
     jobs = sweep_status(sweep_dir)
     show(sweep_dir, jobs)
     for row in jobs:
         if row.reason:
             print(f"{row.job.folder}: {row.reason}")
+    advise(sweep_dir, jobs)

@@ -8,6 +8,7 @@ import csv
 import json
 import os
 import re
+import secrets
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -103,7 +104,7 @@ def wandb_mode() -> str:
     asked = os.environ.get("WANDB_MODE")
     if asked and asked not in MODES:
         raise UserError(f"WANDB_MODE is {asked!r}; expected one of {', '.join(MODES)}; change it, or unset it")
-    mode = MODES.get(asked or _settled_mode() or "")
+    mode = MODES.get(asked or _settled("mode") or "")
     if mode in ("offline", "disabled"):
         return mode
     if _logged_in():
@@ -115,13 +116,13 @@ def wandb_mode() -> str:
     return "offline"
 
 
-def _settled_mode() -> str | None:
-    """What ``wandb offline``, ``wandb disabled`` and ``wandb online`` wrote, for this folder or for the user."""
+def _settled(key: str) -> str | None:
+    """What ``wandb offline`` (``mode``) or ``wandb login --host`` (``base_url``) wrote, for this folder or the user."""
     home = Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser()
     settings = configparser.ConfigParser(interpolation=None)
     with suppress(configparser.Error, OSError, UnicodeDecodeError):
         settings.read([home / "settings", Path("wandb") / "settings"], encoding="utf-8")  # the later one counts
-    return settings.get("default", "mode", fallback=None)
+    return settings.get("default", key, fallback=None)
 
 
 def _logged_in() -> bool:
@@ -130,7 +131,8 @@ def _logged_in() -> bool:
     import netrc
     from urllib.parse import urlparse
 
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    server = os.environ.get("WANDB_BASE_URL") or _settled("base_url") or "https://api.wandb.ai"
+    host = urlparse(server).hostname or ""
     try:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
@@ -144,10 +146,12 @@ def _wandb(conf: DictConfig, folder: Path, mode: str, **settings: Any) -> Guarde
     except ImportError as error:  # pragma: no cover - a dependency of the package
         raise UserError("tracking=wandb: the package wandb is not installed; install it or set tracking=csv") from error
 
+    own = _wandb_id(folder)
+
     def begin(mode: str) -> Any:
         run = wandb.init(
             project=conf.tracking.project,
-            id=_wandb_id(folder),  # a resumed run goes on in its own
+            id=own,
             dir=str(folder),
             resume="allow",
             mode=mode,  # type: ignore[arg-type]
@@ -190,14 +194,20 @@ def _end_wandb(guarded: Guarded, folder: Path, *, exit_code: int, preempted: boo
     if preempted:
         guarded.attempt(run.mark_preempting)  # with an exit code other than 0 it is preempted and not failed
     guarded.attempt(partial(run.finish, exit_code=exit_code), HURRY if preempted else END)
-    parts = sorted((folder / "wandb").glob(f"{'offline-' if offline else ''}run-*-{_wandb_id(folder)}"))
+    parts = sorted((folder / "wandb").glob(f"{'offline-' if offline else ''}run-*"))
     if parts and (offline or not guarded.alive):
-        why = "was offline" if offline else "did not get everything"
-        print(f"W&B {why}; send the run with: wandb sync {shlex.join(map(str, parts))}", flush=True)
+        # Of runs that were online W&B sends nothing unless it is told to.
+        why, how = ("was offline", ()) if offline else ("did not get everything", ("--include-online",))
+        print(f"W&B {why}; send the run with: {shlex.join(['wandb', 'sync', *how, *map(str, parts)])}", flush=True)
 
 
 def _wandb_id(folder: Path) -> str:
-    return re.sub(r"[^\w.=,-]", "-", "-".join(folder.parts[-2:]))[-100:]  # W&B refuses some characters
+    """That of the run whose files lie in the folder, so that it goes on in its own; else a new one.
+
+    The folder's name would not do: a sweep of the same name on another machine would be tracked as one with it.
+    """
+    names = (re.search(r"run-\d{8}_\d{6}-(.+)", path.name) for path in (folder / "wandb").glob("*run-*"))
+    return next((name[1] for name in names if name), secrets.token_hex(8))
 
 
 # ----- TensorBoard ---------------------------------------------------------------------------------------------------

@@ -14,13 +14,16 @@ from pytorch_lightning.loggers import Logger
 
 from mrgen.callbacks.compiling import CompileNetworks
 from mrgen.callbacks.console import EpochLine
+from mrgen.callbacks.early_stopping import check_logged
 from mrgen.callbacks.overfitting import SameBatches
 from mrgen.errors import UserError
 from mrgen.launch.checkpoints import WholeCheckpoints
 from mrgen.launch.instantiate import instantiate, plain
 from mrgen.launch.slurm import cluster_environment
 
-__all__ = ["Checkpoint", "build_trainer", "channels_last", "choose_precision", "why_stopped"]
+__all__ = ["FAST", "Checkpoint", "build_trainer", "channels_last", "check_epochs", "choose_precision", "why_stopped"]
+
+FAST = "trainer.fast_dev_run"  # why a run ended that was only tried
 
 
 def choose_precision(asked: str, accelerator: str) -> str:
@@ -33,6 +36,16 @@ def choose_precision(asked: str, accelerator: str) -> str:
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     native = native or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
     return "bf16-mixed" if native else "32-true"
+
+
+def check_epochs(epochs: Any) -> None:
+    """Raises UserError for a ``trainer.max_epochs`` that is no number of epochs; null and -1 are without an end."""
+    if epochs is not None and (
+        not isinstance(epochs, int) or isinstance(epochs, bool) or (epochs < 1 and epochs != -1)
+    ):
+        raise UserError(
+            f"trainer.max_epochs is {epochs}; expected a whole number from 1 on, or null for a training without an end"
+        )
 
 
 def quiet() -> None:
@@ -74,7 +87,13 @@ def build_trainer(conf: DictConfig, run_dir: Path, *, callbacks: list[Callback],
     quiet()
     settings = plain(conf)
     callbacks = [*callbacks, *_asked_for(settings)]
-    settings["precision"] = choose_precision(settings.get("precision", "auto"), settings.get("accelerator", "auto"))
+    accelerator = settings.get("accelerator", "auto")
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"trainer.accelerator is {accelerator}, and PyTorch found no GPU on this machine; leave it (and "
+            "trainer=gpu) out, or install drivers and a PyTorch for GPUs"
+        )
+    settings["precision"] = choose_precision(settings.get("precision", "auto"), accelerator)
     if sys.stdout.isatty():
         callbacks = [*callbacks, RichProgressBar(leave=False)]
     elif settings.get("enable_progress_bar", True):  # a log file: one line an epoch instead of a moving bar
@@ -92,8 +111,8 @@ def build_trainer(conf: DictConfig, run_dir: Path, *, callbacks: list[Callback],
         )
     except InstantiationException as error:
         if isinstance(error.__cause__, MisconfigurationException):
-            asked = " ".join(f"trainer.{key}={settings.get(key)}" for key in ("accelerator", "devices", "strategy"))
-            raise UserError(f"{asked}: {error.__cause__}") from error
+            asked = ", ".join(f"{key}={settings.get(key)}" for key in ("accelerator", "devices", "strategy"))
+            raise UserError(f"the trainer of {asked}, …: {error.__cause__}") from error
         raise
 
 
@@ -111,16 +130,18 @@ def _asked_for(settings: dict[str, Any]) -> list[Callback]:
     if (duration := settings.pop("max_time", None)) is not None:
         # After the last batch in time, as Lightning would have it, the rest of the epoch could never be trained on.
         try:
-            callbacks.append(Timer(duration, interval="epoch", verbose=False))
+            callbacks.append(timer := Timer(duration, interval="epoch", verbose=False))
         except (MisconfigurationException, TypeError, AttributeError) as error:
             raise UserError(f"trainer.max_time is {duration!r}; expected DD:HH:MM:SS, such as 00:12:00:00") from error
+        if not timer.time_remaining():
+            raise UserError(f"trainer.max_time is {duration!r}; expected more than no time, or null for no limit")
     return callbacks
 
 
 def why_stopped(trainer: Any) -> str | None:
     """Why a training that ended well did so before its last epoch; None where it did not."""
     if trainer.fast_dev_run:
-        return "trainer.fast_dev_run: one batch, and no checkpoint"
+        return f"{FAST}: one batch, and no checkpoint"
     if not trainer.should_stop or trainer.current_epoch == trainer.max_epochs:
         return None
     for callback in trainer.callbacks:
@@ -130,7 +151,15 @@ def why_stopped(trainer: Any) -> str | None:
 
 
 class Checkpoint(ModelCheckpoint):
-    """Lightning's, which forgets the best score when the run's folder is reached by another path than before."""
+    """Lightning's, which forgets the best score when the run's folder is reached by another path than before.
+
+    A monitor that is not logged is refused before the first batch, and not after the first epoch.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self.monitor is not None:
+            check_logged(self.monitor, pl_module)
+        super().setup(trainer, pl_module, stage)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         def moved(path: str) -> str:

@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor
+from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from mrgen import __version__
@@ -20,12 +21,12 @@ from mrgen.data.store import Store, read_cohort
 from mrgen.errors import UserError
 from mrgen.launch.csv_logger import CsvLogger
 from mrgen.launch.fitting import ESTIMATOR, check, fit
-from mrgen.launch.going_on import check_config, has_begun, is_finished, newest, only_here
+from mrgen.launch.going_on import SameStart, check_config, is_finished, newest, only_here
 from mrgen.launch.instantiate import instantiate, plain
 from mrgen.launch.slurm import requeue
-from mrgen.launch.status import recorded, write_json
+from mrgen.launch.status import Outcome, has_begun, recorded, write_json
 from mrgen.launch.tracking import loggers, source_commit
-from mrgen.launch.trainer import Checkpoint, build_trainer, channels_last, why_stopped
+from mrgen.launch.trainer import Checkpoint, build_trainer, channels_last, check_epochs, why_stopped
 from mrgen.launch.writing import replacing
 from mrgen.papers.brain_clustering.estimator import Estimator
 
@@ -101,23 +102,26 @@ def train(conf: DictConfig, run_dir: Path) -> Path:
             left as it was.
         Preempted: the run was told to end, and has saved.
     """
-    if has_begun(run_dir):
-        if not conf.resume:
-            raise UserError(
-                f"{run_dir} holds a finished or interrupted run; give another folder, or go on with resume={run_dir}"
-            )
-        fill_from_store(conf)
-        check_config(conf, run_dir)
-        if is_finished(conf, run_dir):
-            return run_dir
+    check_epochs(conf.trainer.max_epochs)
     first = _is_first()
-    with (
-        only_here(run_dir, enabled=first),
-        Preemption(run_dir / "checkpoints", requeue) as preemption,
-        recorded(run_dir, command="mrgen-train", enabled=first) as outcome,
-    ):
-        if stopped := _train(conf, run_dir, preemption):
-            outcome["stopped"] = stopped
+    with only_here(run_dir, enabled=first):  # before all else: who has waited finds what the other one has left
+        if has_begun(run_dir):
+            if not conf.resume:
+                raise UserError(
+                    f"{run_dir} holds a finished or interrupted run; give another folder, or go on with "
+                    f"resume={run_dir}"
+                )
+            fill_from_store(conf)
+            check_config(conf, run_dir)
+            if is_finished(conf, run_dir):
+                if first:
+                    print(f"{run_dir} has finished; a higher trainer.max_epochs would go on with it")
+                return run_dir
+        with (
+            Preemption(run_dir / "checkpoints", requeue) as preemption,
+            recorded(run_dir, command="mrgen-train", enabled=first) as outcome,
+        ):
+            _train(conf, run_dir, preemption, outcome)
     return run_dir
 
 
@@ -126,14 +130,16 @@ def _is_first() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def _train(conf: DictConfig, run_dir: Path, preemption: Preemption) -> str | None:
-    """Why the training ended before its last epoch, if it did."""
+def _train(conf: DictConfig, run_dir: Path, preemption: Preemption, outcome: Outcome) -> None:
     saved = newest(run_dir)
+    chosen = {name: callback for name, callback in (conf.get("callbacks") or {}).items() if callback}
+    if unknown := [name for name, callback in chosen.items() if "_target_" not in callback]:
+        raise UserError(f"callbacks.{unknown[0]}: this run has no such callback; callbacks=[images,…] chooses them")
     fill_from_store(conf)
     pl.seed_everything(checked_seed(conf.seed), verbose=False)
     # A resumed run keeps its split although the store may have grown: who was tested may not become who is trained on.
     kept: dict[str, Any] = {}
-    if conf.resume and (run_dir / "split.json").is_file():
+    if saved and (run_dir / "split.json").is_file():
         kept = {"split": {"kind": "file", "file": str(run_dir / "split.json")}}
     axes = {"mrgen.data.crops.BrainBox": 3, "mrgen.data.slices.AxialSlice": 2}.get(conf.data.sampling._target_)
     if saved and axes:  # nor may a new head change the box
@@ -151,11 +157,12 @@ def _train(conf: DictConfig, run_dir: Path, preemption: Preemption) -> str | Non
     if isinstance(model, Estimator):
         check(model, datamodule)
         if (run_dir / ESTIMATOR).is_file():  # epochs are nothing to it
-            return None
+            return
+        outcome.begun = True
         _keep_settings(conf, datamodule, run_dir)
         with loggers(conf, run_dir, [CsvLogger(run_dir / "metrics.csv")]) as tracked:
             fit(model, datamodule, run_dir, description=_describe(conf, datamodule), loggers=tracked)
-        return None
+        return
     channels_last(model)
     _check_shapes(model, datamodule)
     if saved:
@@ -170,18 +177,14 @@ def _train(conf: DictConfig, run_dir: Path, preemption: Preemption) -> str | Non
         _check_mix(conf, run_dir, saved.content[KEY]["data"].get("mix"), description["data"]["mix"])
     if saved:  # the atlas of the subjects that it was trained on
         datamodule.guides = load_guides(guides, run_dir)
-    learned = datamodule.guides
-    if _is_first():  # only now: what was refused above must leave the folder as it was
-        _keep_settings(conf, datamodule, run_dir)
-        save_guides(learned, run_dir)
-    csv = CsvLogger(run_dir / "metrics.csv")
-    csv.go_on_from(saved.step if saved else -1)
+    step = saved.step if saved else -1
     checkpoints = run_dir / "checkpoints"
     callbacks: list[Callback] = [
+        SameStart(step),
         SeedSteps(conf.seed),
         Provenance(description),
         LearningRateMonitor("epoch"),
-        *(instantiate(callback) for callback in (conf.get("callbacks") or {}).values() if callback),
+        *(instantiate(callback) for callback in chosen.values()),
         preemption,  # behind those that change the model
     ]
     monitor = conf.get("monitor", "val/loss")
@@ -191,21 +194,28 @@ def _train(conf: DictConfig, run_dir: Path, preemption: Preemption) -> str | Non
     # After the best one, whose score it holds: otherwise a resumed run would not know the last epoch's and might put a
     # worse checkpoint in its place.
     callbacks.append(Checkpoint(checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False))
+    trainer = build_trainer(_with_stages(conf, getattr(model, "stages", 1)), run_dir, callbacks=callbacks, loggers=[])
+    if not datamodule.split.val:
+        trainer.limit_val_batches = 0
+    elif len(datamodule.split.val) < trainer.world_size:
+        raise UserError(
+            f"{len(datamodule.split.val)} validation subjects for {trainer.world_size} devices; each needs one: "
+            "raise data.split.val or lower trainer.devices"
+        )
+    if saved:
+        saved.check(epochs=trainer.max_epochs, devices=trainer.world_size)
+    learned = datamodule.guides
+    outcome.begun = True
+    if _is_first():  # only now: what was refused above must leave the folder as it was
+        _keep_settings(conf, datamodule, run_dir)
+        save_guides(learned, run_dir)
+    csv = CsvLogger(run_dir / "metrics.csv")
+    csv.go_on_from(step)
+    path, saved = saved.path if saved else None, None  # its memory is wanted for the training
     with loggers(conf, run_dir, [csv]) as tracked:
-        trainer_conf = _with_stages(conf, getattr(model, "stages", 1))
-        trainer = build_trainer(trainer_conf, run_dir, callbacks=callbacks, loggers=tracked)
-        if not datamodule.split.val:
-            trainer.limit_val_batches = 0
-        elif len(datamodule.split.val) < trainer.world_size:
-            raise UserError(
-                f"{len(datamodule.split.val)} validation subjects for {trainer.world_size} devices; each needs one: "
-                "raise data.split.val or lower trainer.devices"
-            )
-        if saved:
-            saved.check(epochs=trainer.max_epochs, devices=trainer.world_size)
-        path, saved = saved.path if saved else None, None  # its memory is wanted for the training
+        trainer.loggers = [DummyLogger()] if conf.trainer.get("fast_dev_run") else tracked
         trainer.fit(model, datamodule=datamodule, ckpt_path=path, weights_only=True)
-        return why_stopped(trainer)
+        outcome.stopped = why_stopped(trainer)
 
 
 def _check_mix(conf: DictConfig, run_dir: Path, old: dict[str, Any] | None, new: dict[str, Any] | None) -> None:

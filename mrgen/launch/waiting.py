@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mrgen.launch.slurm import job_states, queue_states
+from mrgen.launch.slurm import OVER, job_states
 from mrgen.launch.status import read_status, write_json
 from mrgen.launch.sweeps import Job
 
@@ -23,41 +23,50 @@ def how_to_cancel(entries: Sequence[Job]) -> str:
     return " ".join(["scancel", *dict.fromkeys(str(entry.slurm_id).partition("_")[0] for entry in entries)])
 
 
-def wait(entries: Sequence[Job]) -> None:
-    """Until SLURM has none of the jobs any more; says how many wait and run whenever that changes."""
+def wait(entries: Sequence[Job]) -> dict[str, str]:
+    """Until SLURM has none of the jobs any more; says how many wait and run whenever that changes.
+
+    Returns:
+        In which state each ended, by its id, as far as SLURM said: some minutes later it has forgotten.
+    """
     ids = [str(entry.slurm_id) for entry in entries]
+    ended: dict[str, str] = {}
     said, pause = "", 1.0
     try:
         while ids:
-            states = queue_states(ids)
-            if states is not None:
-                waiting = sum(state == "PENDING" for state in states.values())
-                line = f"{waiting} waiting, {len(states) - waiting} running, {len(ids) - len(states)} ended"
-                if line != said:
-                    print(f"SLURM: {line}", flush=True)
-                    said, pause = line, 1.0
-                if not states:
-                    return
+            states = job_states(ids)
+            live = {job: state for job, state in (states or {}).items() if state not in OVER}
+            ended |= {job: state for job, state in (states or {}).items() if state in OVER}
+            waiting = sum(state == "PENDING" for state in live.values())
+            line = f"{waiting} waiting, {len(live) - waiting} running, {len(ids) - len(live)} ended"
+            if states is None:
+                line = "squeue does not answer; it is asked again until it does"
+            if line != said:
+                print(f"SLURM: {line}", flush=True)
+                said, pause = line, 1.0
+            if states is not None and not live:
+                break
             time.sleep(pause)
-            pause = min(1.2 * pause, POLL)
+            pause = min(1.05 * pause, POLL)
     except KeyboardInterrupt:
         print(f"\nthe jobs go on without this command; cancel them with: {how_to_cancel(entries)}", file=sys.stderr)
         raise
+    return ended
 
 
-def conclude(entry: Job, sweep_dir: Path, before: Mapping[str, Any]) -> str | None:
+def conclude(entry: Job, sweep_dir: Path, before: Mapping[str, Any], ended: str) -> str | None:
     """How a job that SLURM has no longer ended; its status says so too, where the run could not write it itself.
 
     Args:
         entry: the job.
         sweep_dir: folder of its sweep.
         before: the run's status when the job was submitted.
+        ended: its last state by SLURM.
 
     Returns:
         Why it failed; None where it finished.
     """
     run_dir, job = sweep_dir / entry.folder, str(entry.slurm_id)
-    ended = (job_states([job]) or {}).get(job, "forgotten")
     status, deadline = read_status(run_dir), time.monotonic() + SYNC
     while ended == "COMPLETED" and status.get("state") not in ENDS and time.monotonic() < deadline:
         time.sleep(1)

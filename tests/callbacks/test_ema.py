@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mrgen.callbacks.ema import EMA
+from mrgen.callbacks.images import Images
 from mrgen.errors import UserError
+from mrgen.launch.instantiate import instantiate
 from mrgen.launch.runs import load_run
 from tests.launch.test_training import assert_same_run, checkpoint, resumed
 from tests.launch.test_training_paper3 import trained as trained_paper3
 from tests.launch.test_training_paper5 import PIX2PIX
 from tests.launch.test_training_paper5 import trained as trained_paper5
-from tests.launch.tools import tiny_run
+from tests.launch.tools import composed, tiny_run
 
 Weights = dict[str, Tensor]
 
@@ -75,13 +77,13 @@ class Gan(pl.LightningModule):
         return [torch.optim.SGD(part, 0.1) for part in (generator, self.discriminator.parameters())]
 
 
-def fitted(model: Gan, callback: EMA, epochs: int = 2, val: bool = True) -> pl.Trainer:
+def fitted(model: Gan, *callbacks: pl.Callback, epochs: int = 2, val: bool = True) -> pl.Trainer:
     """Three batches an epoch."""
     samples = torch.randn(12, 2, generator=torch.Generator().manual_seed(0))
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
-        callbacks=[callback],
+        callbacks=[*callbacks],
         num_sanity_val_steps=0,
         **{f"enable_{what}": False for what in ("checkpointing", "progress_bar", "model_summary")},
         logger=False,
@@ -127,6 +129,21 @@ def test_validation_sees_the_average_and_training_goes_on_from_the_weights():
     assert torch.equal(plain.after[-1]["generator.0.weight"], model.after[-1]["generator.0.weight"])
 
 
+@pytest.mark.parametrize("val", [True, False])
+def test_a_picture_is_of_the_average_whether_or_not_there_is_a_validation(monkeypatch: pytest.MonkeyPatch, val: bool):
+    drawn: list[Weights] = []
+    monkeypatch.setattr(Images, "_grid", lambda images, data, model: drawn.append(model.weights()))
+    model, plain = Gan(), Gan()
+    plain.load_state_dict(model.state_dict())
+    fitted(model, Images(every_n_epochs=1), EMA(0.3), val=val)
+    for epoch, seen in enumerate(drawn):
+        wanted = average(model.after[: 3 * epoch + 3], "generator.0.weight", 0.3)
+        torch.testing.assert_close(seen["generator.0.weight"], wanted)
+    assert len(drawn) == 2
+    fitted(plain, EMA(0.3), val=val)
+    assert torch.equal(plain.after[-1]["generator.0.weight"], model.after[-1]["generator.0.weight"])
+
+
 def test_a_stage_begins_a_new_average_and_a_frozen_network_stays_as_it_is():
     pl.seed_everything(0, verbose=False)
     model = Gan(stages=2)
@@ -154,6 +171,21 @@ def test_a_validation_that_fails_gives_the_weights_back(monkeypatch: pytest.Monk
 def test_a_decay_that_averages_nothing_is_refused(decay: float):
     with pytest.raises(UserError, match=r"callbacks\.ema\.decay is .*; expected a number from 0 to below 1"):
         EMA(decay)
+
+
+GANS = ("samr/samr", "samr/shin", "samr/pix2pixhd", "samr/pix2pix", "t1_to_t2/pix2pix", "t1_to_t2/pix2pix_slices")
+
+
+@pytest.mark.parametrize("preset", [*GANS, "lesion_vaegan/structure", "lesion_vaegan/generation"])
+def test_the_discriminators_of_every_gan_are_called_so(preset: str):
+    """By their names they are left out of the average."""
+    with torch.device("meta"):
+        module = instantiate(composed("train", f"experiment={preset}").model)
+    kinds = [(name, type(part).__name__) for name, part in module.named_modules()]
+    judges = [name for name, kind in kinds if "Discriminator" in kind or kind == "PatchGAN"]
+    assert judges
+    assert all("discriminator" in name.partition(".")[0] for name in judges)
+    assert [name for name, part in module.named_children() if "discriminator" not in name and len([*part.parameters()])]
 
 
 # ----- as a user --------------------------------------------------------------------------------------------------

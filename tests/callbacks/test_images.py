@@ -1,5 +1,6 @@
 """Pictures of what a network makes of fixed slices: of every method, and none of them changes a training."""
 
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from pytorch_lightning import LightningModule
 
-from mrgen.callbacks.image_grid import Column, draw_grid
+from mrgen.callbacks.image_grid import Column, _grid, draw_grid
 from mrgen.callbacks.images import Images, _as_at_test
 from mrgen.data.datamodule import CohortDataModule
 from mrgen.errors import UserError
@@ -100,6 +101,9 @@ def test_what_is_drawn_of_a_method(name: str, phantom_store: Path, wmh_store: Pa
     for column in grid.columns:
         assert np.isfinite(column.pictures).all()
         assert column.low < column.high
+    for real, made in pairwise(grid.columns):
+        if made.title == "synthetic" or made.title.endswith(" made"):
+            assert (made.low, made.high) == (real.low, real.high)  # a bias must show
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
@@ -164,8 +168,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch, epochs: int, images: Images, **traine
     monkeypatch.setattr(Images, "_grid", lambda *_: pictures.append(run.current_epoch + 1))
     run = SimpleNamespace(
         **{
-            **{"is_global_zero": True, "fast_dev_run": False, "max_epochs": epochs, "sanity_checking": False},
-            **{"default_root_dir": "/nowhere", "datamodule": None, "loggers": []},
+            **{"is_global_zero": True, "fast_dev_run": False, "max_epochs": epochs},
+            **{"default_root_dir": "/nowhere", "datamodule": None, "loggers": [], "callbacks": []},
             "precision_plugin": SimpleNamespace(val_step_context=torch.no_grad),
             **trainer,
         }
@@ -173,7 +177,6 @@ def drawn(monkeypatch: pytest.MonkeyPatch, epochs: int, images: Images, **traine
     model: Any = torch.nn.Linear(1, 1)
     for epoch in range(epochs if epochs > 0 else 25):
         run.current_epoch = epoch
-        images.on_validation_epoch_end(run, model)  # type: ignore[arg-type]
         images.on_train_epoch_end(run, model)  # type: ignore[arg-type]
     run.current_epoch += 1  # as Lightning counts at the end
     before = len(pictures)
@@ -228,11 +231,21 @@ def test_numbers_that_cannot_be_are_a_sentence(wrong: dict[str, Any]):
 # ----- the picture ---------------------------------------------------------------------------------------------------
 
 
+def test_the_patients_right_is_on_the_left_and_the_front_above():
+    right_front = np.zeros((1, 8, 10))  # RAS+
+    right_front[0, -1, -1] = 1
+    columns = [Column("grey", right_front), Column("colours", np.stack([right_front] * 3, axis=-1))]
+    for axis in _grid(columns, ["row"], "title", np.ones((1, 8, 10)), {}).axes:
+        (image,) = axis.images
+        rows, bright, *_ = np.nonzero(np.asarray(image.get_array()))
+        assert image.origin == "upper"
+        assert image.get_array().shape[:2] == (10, 8)
+        assert {*rows, *bright} == {0}
+
+
 def test_no_text_of_a_grid_lies_on_another():
     """Of the widest kind with long names, and of a single picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    from mrgen.callbacks.image_grid import _grid
 
     classes = ("background", "necrotic and non-enhancing core", "edema", "enhancing")
     pictures = np.zeros((2, 40, 50))

@@ -139,7 +139,7 @@ def test_a_resumed_run_knows_its_best(sweep: Path):
 def test_without_a_monitor_that_can_be_followed_a_run_is_refused(cls: type):
     def setup(monitor: str | None, val: Sequence[str], stages: int = 1) -> None:
         trainer = SimpleNamespace(datamodule=SimpleNamespace(split=SimpleNamespace(val=val)))
-        cls(monitor).setup(trainer, SimpleNamespace(stages=stages), "fit")
+        cls(monitor).setup(trainer, SimpleNamespace(stages=stages, val_means={"loss": 0, "dice": 0}), "fit")
 
     name = "early_stopping" if cls is EarlyStopping else "median_stop"
     with pytest.raises(UserError, match=rf"callbacks={name} follows the monitor, and this preset has none"):
@@ -148,3 +148,14 @@ def test_without_a_monitor_that_can_be_followed_a_run_is_refused(cls: type):
         setup("val/loss", [])
     with pytest.raises(UserError, match=r"in the first of its 2 stages"):
         setup("val/loss", ["a"], stages=2)
+    with pytest.raises(UserError, match=r"monitor is val/los; .* logs val/loss, val/dice: choose one of these"):
+        setup("val/los", ["a"])
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "least"), [(MedianStop, "warmup", 0), (MedianStop, "siblings", 1), (EarlyStopping, "patience", 1)]
+)
+def test_numbers_that_cannot_be_are_a_sentence(cls: type, name: str, least: int):
+    cls("val/loss", **{name: least})
+    with pytest.raises(UserError, match=rf"\.{name} is {least - 1}; expected a whole number from {least} on"):
+        cls("val/loss", **{name: least - 1})

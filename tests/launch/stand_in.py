@@ -18,7 +18,8 @@ def train(conf: DictConfig, run_dir: Path) -> Path:
     from mrgen.launch.status import recorded
 
     rank = int(os.environ.get("LOCAL_RANK", 0))
-    with recorded(run_dir, command="mrgen-train", enabled=rank == 0):
+    with recorded(run_dir, command="mrgen-train", enabled=rank == 0) as outcome:
+        outcome.begun = True
         OmegaConf.save(OmegaConf.create(OmegaConf.to_container(conf, resolve=True)), run_dir / "config.yaml")
         seen: dict[str, Any] = {
             "conf": OmegaConf.to_container(conf, resolve=True),

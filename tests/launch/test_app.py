@@ -1,5 +1,6 @@
 """The console scripts: quick to answer, and every mistake in a configuration is one sentence and exit code 1."""
 
+import errno
 import json
 import re
 import shutil
@@ -104,7 +105,25 @@ def test_a_composed_config_can_be_looked_at(mrgen: Script, tmp_path: Path):
         ("prepare", ["data=own", "data.root=."], "data.layout is not set; give the cohort's table"),
         ("prepare", ["resume=somewhere"], "Could not override 'resume'"),
         ("evaluate", ["segmenter=x", "runs=[y]"], "choose a preset, such as experiment=rsnet/swap"),
-        ("evaluate", [PRESET], "No match in the defaults list"),
+        ("evaluate", [PRESET], "It is a preset of another command: mrgen-train trains, mrgen-evaluate judges"),
+        (
+            "train",
+            ["experiment=rsnet/rsnt"],
+            r"Could not find 'experiment/rsnet/rsnt'\nnearest: rsnet/rsnet, .*\npresets: ",
+        ),
+        (
+            "train",
+            ["callbacks=[imgs]"],
+            r"'callbacks/imgs'\.\nnearest: images\noptions: early_stopping, ema, images, med",
+        ),
+        ("train", ["callbacks=null"], r"For none of a group's options write an empty list: callbacks=\[\]"),
+        (
+            "train",
+            [PRESET, "callbacks.ema.decay=0.9"],
+            r"^Could not override 'callbacks.ema.decay'.\nvalid keys: images\n.*: callbacks=\[images,ema\] adds it",
+        ),
+        ("train", [PRESET, "trainer.max_epochs=0"], "trainer.max_epochs is 0; expected a whole number from 1 on, or"),
+        ("train", [PRESET, "trainer.max_epochs=null"], "no end, and a plan needs one"),
         ("evaluate", ["experiment=rsnet/swap", "segmenter=x"], "runs is empty; give the folders of the runs to judge"),
         (
             "evaluate",
@@ -123,6 +142,19 @@ def test_a_mistake_is_one_sentence_and_exit_code_1(mrgen: Script, script: str, o
     called = mrgen(script, *overrides, *(["plan=true"] if script == "train" else []))
     assert called.code == 1
     assert re.search(said, called.message), called.err
+
+
+@pytest.mark.parametrize("sweep", [(), ("-m",)])
+def test_a_place_that_cannot_be_written_to_is_named(
+    mrgen: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sweep: tuple[str, ...]
+):
+    def read_only(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    called = mrgen("train", *sweep, PRESET, "plan=false")
+    assert called.code == 1
+    assert re.search(r"runs/\S+: Read-only file system; this process must be able to read and write", called.message)
 
 
 def test_a_yaml_file_that_is_none_is_named(mrgen: Script, tmp_path: Path):
@@ -199,22 +231,19 @@ def test_sequences_that_the_store_does_not_hold_are_named(mrgen: Script, phantom
     assert "prepared with t1, t1ce, t2, flair, without apt" in called.message
 
 
-def test_two_processes_never_share_a_folder(mrgen: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Two runs that start in one second differ by a token; what plans writes no checkpoint."""
+def test_two_processes_never_share_a_folder(mrgen: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stand_in):
+    """Two runs that start in one second differ by a token."""
     for token in ("aaaa", "bbbb"):
         monkeypatch.setattr(app, "TOKEN", token)
-        assert mrgen("train", PRESET, "plan=true", "model.filters=2", "model.levels=2").code == 0
+        assert mrgen("train", PRESET).code == 0
     folders = sorted((tmp_path / "runs" / "rsnet-t2").iterdir())
     assert [folder.name[-4:] for folder in sorted(folders, key=lambda f: f.name[-4:])] == ["aaaa", "bbbb"]
-    assert not list((tmp_path / "runs").rglob("*.ckpt"))
 
 
-def test_every_job_of_a_sweep_has_a_folder_of_its_own(mrgen: Script, tmp_path: Path):
+def test_every_job_of_a_sweep_has_a_folder_of_its_own(mrgen: Script, tmp_path: Path, stand_in):
     """And all of them one, by which the sweep can be judged. Sweeping presets as well: their names hold slashes."""
-    small = ("model.filters=2", "model.levels=2", "plan=true")
-    called = mrgen("train", "-m", "experiment=rsnet/rsnet,rsnet/rnet", "target=t1,t2", *small)
+    called = mrgen("train", "-m", "experiment=rsnet/rsnet,rsnet/rnet", "target=t1,t2")
     assert called.code == 0, called.err
-    assert called.out.count("plan of ") == 4
     folders = {
         path.parents[1].relative_to(tmp_path / "runs").as_posix() for path in tmp_path.rglob(".hydra/config.yaml")
     }
@@ -223,6 +252,45 @@ def test_every_job_of_a_sweep_has_a_folder_of_its_own(mrgen: Script, tmp_path: P
     for number, name in enumerate(names):
         assert [f for f in folders if re.fullmatch(rf"sweep_[\d_-]+_\w{{4}}/{number}_{name}", f)], folders
     assert len({folder.partition("/")[0] for folder in folders}) == 1
+
+
+def test_a_plan_leaves_no_folder_behind(mrgen: Script, tmp_path: Path):
+    small = ("model.filters=2", "model.levels=2", "plan=true")
+    called = mrgen("train", "-m", PRESET, "target=t1,t9", *small)
+    assert called.code == 1
+    assert called.out.count("plan of ") == 1
+    assert "target is 't9'" in called.err
+    assert mrgen("train", PRESET, *small).code == 0
+    assert mrgen("train", PRESET, "plan=maybe").message.startswith("plan=maybe: expected true or false")
+    assert not [*(tmp_path / "runs").rglob("*.*")]
+
+
+def test_a_folder_of_which_nothing_came_is_removed_and_one_that_was_named_stays(
+    mrgen: Script, tmp_path: Path, phantom_store: Path
+):
+    wrong = (PRESET, *TINY, f"data.store={phantom_store}", "trainer.accelerator=gpu")
+    called = mrgen("train", *wrong)
+    assert called.code == 1
+    assert called.err.startswith("error: trainer.accelerator is gpu, and PyTorch found no GPU on this machine")
+    assert mrgen("evaluate").message.startswith("nothing says what to judge")
+    assert not [*(tmp_path / "runs").rglob("*.*")]
+    assert mrgen("train", *wrong, f"hydra.run.dir={tmp_path}/named").code == 1
+    assert (tmp_path / "named" / "status.json").is_file()
+
+
+def test_a_folder_that_holds_another_run_is_left_as_it_is(mrgen: Script, tmp_path: Path, stand_in):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").touch()
+    called = mrgen("train", "experiment=rsnet/snet", f"hydra.run.dir={tmp_path}/run")
+    assert f"{tmp_path}/run holds a finished or interrupted run; give another folder" in called.message
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(mrgen: Script, tmp_path: Path):
+    (tmp_path / "file").touch()
+    for where in ("hydra.run.dir=/dev/null/x", f"hydra.run.dir={tmp_path}/file"):
+        called = mrgen("train", PRESET, where)
+        assert re.search(r"(/dev/null|file).*: .*; set MRGEN_RUNS or hydra\.run\.dir to where", called.message)
 
 
 # ----- resume ------------------------------------------------------------------------------------------------------

@@ -123,10 +123,10 @@ def test_the_guard_is_what_stops_it():
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("filters", "abc", "filters is 'abc'; expected int"),
-        ("filters", 4.5, "filters is 4.5; expected int"),
+        ("filters", "abc", "filters is 'abc'; expected a whole number"),
+        ("filters", 4.5, "filters is 4.5; expected a whole number"),
         ("filters", 0, "filters is 0 and dropout 0.05; expected 1 or more"),
-        ("dropout", True, "dropout is True; expected float"),
+        ("dropout", True, "dropout is True; expected a number"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_found_before_a_library_trips_over_it(key: str, value: object, expected: str):

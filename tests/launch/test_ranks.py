@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from mrgen.callbacks.provenance import KEY
 from mrgen.errors import UserError
 from mrgen.launch import app, ranks
 from mrgen.launch.resuming import quoted
-from mrgen.launch.status import read_status
+from mrgen.launch.status import read_status, write_json
 from tests.launch.test_training import checkpoint, differences
 from tests.launch.tools import TINY, Called, composed
 
@@ -187,6 +188,24 @@ def test_a_bug_keeps_its_traceback(stand_in: None, tmp_path: Path, capsys):
     assert "in _bug" in said
 
 
+def test_a_failure_is_not_written_over_what_another_process_does_in_the_folder(tmp_path: Path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    status = {"state": "running", "host": socket.gethostname(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    for pid, state in ((os.getppid(), "running"), (os.getpid(), "failed"), (ended.pid, "failed")):
+        write_json(tmp_path / "status.json", {**status, "pid": pid})
+        ranks.record_failure(tmp_path, "is being trained by another process")
+        assert read_status(tmp_path)["state"] == state
+
+
+def test_a_failure_that_cannot_be_written_is_told_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: Any) -> None:
+        raise UserError("no room")
+
+    monkeypatch.setattr(ranks, "write_json", full)
+    ranks.record_failure(tmp_path, "rank 1 of 2: last.ckpt cannot be written")
+
+
 # ----- signals -----------------------------------------------------------------------------------------------------
 
 
@@ -220,16 +239,31 @@ def seen_or_none(run_dir: Path) -> list[dict[str, Any]]:
 def test_a_signal_to_the_parent_ends_all_ranks(
     stand_in: None, tmp_path: Path, target: str, number: signal.Signals, raised: type[BaseException], reason: str
 ):
-    handler = signal.getsignal(number)
-    thread = later(lambda: os.kill(os.getpid(), number), tmp_path)
-    with pytest.raises(raised) as ended:
-        ranks.train_on_devices(conf_of(target), tmp_path)
-    thread.join()
+    handler = signal.default_int_handler  # whatever the shell that started the tests lets them ignore
+    before = signal.signal(number, handler)
+    try:
+        thread = later(lambda: os.kill(os.getpid(), number), tmp_path)
+        with pytest.raises(raised) as ended:
+            ranks.train_on_devices(conf_of(target), tmp_path)
+        thread.join()
+        assert signal.getsignal(number) == handler
+    finally:
+        signal.signal(number, before)
     assert all(gone(one["pid"]) for one in seen(tmp_path))
     assert read_status(tmp_path)["state"] == "failed"
     assert read_status(tmp_path)["reason"] == reason
     assert raised is KeyboardInterrupt or ended.value.code == 143
-    assert signal.getsignal(number) == handler
+
+
+def test_what_nohup_ignores_stays_ignored():
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ranks._forwarding([]) as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert received == []
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, handler)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")

@@ -10,19 +10,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
 
 from mrgen.callbacks.provenance import KEY
+from mrgen.data.splits import Split
 from mrgen.errors import UserError
 from mrgen.launch import going_on, training
 from mrgen.launch.csv_logger import read_metrics
-from mrgen.launch.going_on import Saved, check_config, is_finished, newest, only_here
+from mrgen.launch.going_on import SameStart, Saved, check_config, is_finished, newest, only_here
 from mrgen.launch.status import is_alive, read_status, write_json
 from mrgen.launch.training import fill_from_store, train
 from mrgen.papers.rsnet import RSNet
@@ -49,10 +53,9 @@ def job(run_dir: Path, store: Path, *overrides: str) -> DictConfig:
 
 def test_a_finished_run_answers_at_once(run_dir: Path, phantom_store: Path, monkeypatch: pytest.MonkeyPatch):
     asked: list[Path] = []
-    monkeypatch.setattr(training, "_train", lambda conf, run_dir, preemption: asked.append(run_dir))
+    monkeypatch.setattr(training, "_train", lambda conf, run_dir, *_: asked.append(run_dir))
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     assert train(job(run_dir, phantom_store), run_dir) == run_dir
-    assert train(job(run_dir, phantom_store, "trainer.max_epochs=0"), run_dir) == run_dir
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
     assert asked == []
     train(job(run_dir, phantom_store, "trainer.max_epochs=2"), run_dir)
@@ -138,12 +141,13 @@ def test_where_nothing_was_learned_yet_another_config_begins(
             tiny_run(run_dir, phantom_store, "trainer.log_every_n_steps=1", "data.steps_per_epoch=3")
     assert [row["step"] for row in read_metrics(run_dir / "metrics.csv")] == ["0"]
     (run_dir / ".metrics.csv.123").write_text("half a li")
-    other = ("data.steps_per_epoch=1", "seed=1", f"resume='{run_dir}'")
+    other = ("data.steps_per_epoch=1", "seed=1", "data.split.val=0.5", f"resume='{run_dir}'")
     tiny_run(run_dir, phantom_store, "trainer.log_every_n_steps=5", *other)
     (row,) = read_metrics(run_dir / "metrics.csv")
     assert row["train/loss_epoch"] != ""
     assert "train/loss_step" not in row  # of the first attempt
     assert not (run_dir / ".metrics.csv.123").exists()
+    assert len(Split.load(run_dir / "split.json").val) == 4
     assert read_status(run_dir)["state"] == "finished"
 
 
@@ -180,6 +184,14 @@ def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path: Path):
     (tmp_path / "checkpoints" / "resume.ckpt").write_bytes(b"half")
     with pytest.raises(UserError, match=r"resume\.ckpt: cannot be read as a checkpoint of mrgen"):
         newest(tmp_path)
+
+
+def test_ranks_that_found_different_checkpoints_do_not_train():
+    strategy = SimpleNamespace(broadcast=lambda step: 7)
+    trainer: Any = SimpleNamespace(strategy=strategy, global_rank=1)
+    SameStart(7).setup(trainer, pl.LightningModule(), "fit")
+    with pytest.raises(UserError, match=r"rank 1 found .* of step 3 and the first rank one of step 7.*start the run"):
+        SameStart(3).setup(trainer, pl.LightningModule(), "fit")
 
 
 def test_fewer_epochs_and_another_number_of_devices_are_refused(run_dir: Path):
@@ -295,6 +307,20 @@ def test_a_run_that_is_being_trained_is_not_trained_twice(tmp_path: Path, monkey
         pass
 
 
+def test_who_has_waited_finds_what_the_other_one_left(
+    run_dir: Path, phantom_store: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (run_dir / "checkpoints").rename(run_dir / "later")
+
+    def waited(run_dir: Path, **_: Any) -> Any:
+        (run_dir / "later").rename(run_dir / "checkpoints")
+        return nullcontext()
+
+    monkeypatch.setattr(training, "only_here", waited)
+    with pytest.raises(UserError, match="holds a finished or interrupted run"):
+        train(job(run_dir, phantom_store, "seed=7", "resume=null"), run_dir)
+
+
 def test_the_lock_of_a_killed_process_is_waited_for(tmp_path: Path):
     """Its loaders hold it until they notice."""
     child = os.fork()
@@ -342,3 +368,5 @@ def test_a_process_is_alive_as_far_as_this_machine_can_tell():
     assert is_alive(status(host="another", pid=2**22 + 1))
     assert not is_alive(status(pid=2**22 + 1))
     assert not is_alive(status(started="2001-01-01T00:00:00+0000"))
+    elsewhere = datetime.now(timezone(timedelta(hours=-11)))  # a shell with another TZ
+    assert is_alive(status(pid=os.getpid(), started=elsewhere.strftime("%Y-%m-%dT%H:%M:%S%z")))

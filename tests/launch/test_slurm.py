@@ -15,11 +15,11 @@ import pytest
 
 from mrgen.errors import UserError
 from mrgen.launch import slurm
-from mrgen.launch.resources import Resources, check_partition, check_settings, derive, partitions
+from mrgen.launch.resources import Resources, check_partition, checked_settings, derive, partitions
 from mrgen.launch.status import read_status, write_json
 from mrgen.launch.submission import HELD_BACK
 from mrgen.launch.sweeps import Job
-from mrgen.launch.waiting import conclude
+from mrgen.launch.waiting import conclude, wait
 from tests.launch.tools import Called, composed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +37,7 @@ class Slurm:
         self.folder = folder
         (folder / "bin").mkdir(parents=True)
         monkeypatch.setenv("PATH", f"{folder / 'bin'}:/usr/bin:/bin")
-        for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]:
             monkeypatch.delenv(name)
         self.answer("sinfo", SINFO)
         for name in ("squeue", "srun", "scancel"):
@@ -76,10 +76,11 @@ def settings(**changes: Any) -> dict[str, Any]:
 
     from mrgen.launch.paths import CONF_DIR
 
-    known = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "hydra" / "launcher" / "slurm.yaml"), resolve=False)
+    conf = OmegaConf.merge(OmegaConf.load(CONF_DIR / "hydra" / "launcher" / "slurm.yaml"), {"name": "mrgen-train"})
+    known = OmegaConf.to_container(conf, resolve=True)
     assert isinstance(known, dict)
     del known["_target_"]
-    return {**known, "name": "mrgen-train", **changes}
+    return {**known, **changes}
 
 
 # ----- what a job needs ----------------------------------------------------------------------------------------------
@@ -94,6 +95,8 @@ def settings(**changes: Any) -> dict[str, Any]:
         (("trainer.devices=4", "+trainer.num_nodes=2", "data.workers=2"), {}, Resources(2, 4, 3, 4, 48)),
         (("trainer.devices=4",), {"gpus_per_node": 4, "tasks_per_node": 4}, Resources(1, 4, 1, 4, 32)),
         ((), {"mem_gb": 0}, Resources(1, 1, 1, 1, 0)),
+        # Without a network, in one process.
+        (("experiment=t1_to_t2/clustering", "trainer=ddp", "+trainer.num_nodes=2"), {}, Resources(1, 1, 1, 0, 8)),
     ],
 )
 def test_resources_follow_from_the_trainer(
@@ -112,6 +115,8 @@ def test_resources_follow_from_the_trainer(
         (("trainer.devices=auto",), {}, r"trainer.devices=auto: .* expected 1, 2"),
         (("trainer.devices=-1",), {}, r"trainer.devices=-1: .* expected 1, 2"),
         (("trainer.devices=[0,1]",), {}, r"trainer.devices=\[0, 1\]: .* expected 1, 2"),
+        (("+trainer.num_nodes=auto",), {}, r"trainer.num_nodes=auto: expected a whole number from 1 on"),
+        (("data.workers=-1",), {}, r"data.workers=-1: expected a whole number from 0 on"),
     ],
 )
 def test_contradictions_are_refused(overrides: Sequence[str], changes: dict[str, Any], message: str) -> None:
@@ -126,13 +131,20 @@ def test_contradictions_are_refused(overrides: Sequence[str], changes: dict[str,
         ({"timeout_min": "2h"}, r"timeout_min=2h: expected a whole number"),
         ({"mem_gb": "8GB"}, r"mem_gb=8GB: expected"),
         ({"additional_parameters": {"ntasks_per_node": 2}}, r"has a key of its own, hydra.launcher.tasks_per_node"),
+        ({"additional_parameters": {"ntasks": 2}}, r"has a key of its own, hydra.launcher.tasks_per_node"),
+        ({"additional_parameters": "comment=mine"}, r"additional_parameters=comment=mine: expected the like of"),
+        ({"setup": "module load cuda"}, r"setup=module load cuda: expected the like of \[module load cuda\]"),
+        ({"partition": ["gpu", "long"]}, r"several partitions are written 'hydra.launcher.partition=\"gpu,long\"'"),
         ({"gres": "gpu:2"}, r"hydra.launcher.gres: found no such key"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(changes: dict[str, Any], message: str) -> None:
-    check_settings(settings())
     with pytest.raises(UserError, match=message):
-        check_settings(settings(**changes))
+        checked_settings(settings(**changes))
+
+
+def test_names_may_be_numbers() -> None:
+    assert checked_settings(settings(account=4711, gpu_type=3090)) == settings(account="4711", gpu_type="3090")
 
 
 @pytest.mark.parametrize(
@@ -190,6 +202,8 @@ def test_jobs_that_need_the_same_share_an_array(
 ) -> None:
     monkeypatch.setenv("SLURM_MEM_PER_CPU", "1000")  # of an interactive job that the command is called in
     monkeypatch.setenv("SLURM_CONF", "/etc/other.conf")
+    monkeypatch.setenv("SBATCH_PARTITION", "big")  # of the user's own
+    monkeypatch.setenv("SBATCH_TIMELIMIT", "5")
     cluster.answer("squeue", "12_0 PENDING\n12_1 PENDING\n13_0 PENDING\n13_1 PENDING")
     sweep = tmp_path / "sweep"
     swept = ("trainer.devices=1,2", "seed=0,1", "launch.detach=true", f"hydra.sweep.dir={sweep}")
@@ -205,6 +219,7 @@ def test_jobs_that_need_the_same_share_an_array(
         assert (options["nodes"], options["ntasks-per-node"], options["cpus-per-task"]) == ("1", str(tasks), "1")
         assert options["mem"] == f"{tasks * 8192}MB"
         assert options["signal"] == "USR2@120"
+        assert (options["partition"], options["time"]) == ("big", "240")
         assert "requeue" in options
         assert options["comment"] == "mine"
         assert "gpus-per-node" not in options
@@ -212,6 +227,7 @@ def test_jobs_that_need_the_same_share_an_array(
         assert "--kill-on-bad-exit=1" in script
     environment = (cluster.folder / "env12").read_text()
     assert "SLURM_MEM_PER_CPU" not in environment
+    assert "SBATCH_" not in environment  # sbatch would prefer it to its script
     assert "SLURM_CONF=/etc/other.conf" in environment
     assert os.environ["SLURM_MEM_PER_CPU"] == "1000"
 
@@ -253,6 +269,7 @@ def test_a_job_in_the_queue_is_not_submitted_again(
         (("hydra.launcher.partition=night",), "hydra.launcher.partition=night: found no such partition"),
         (("hydra.launcher.tasks_per_node=2",), "hydra.launcher.tasks_per_node=2: the trainer needs 1"),
         (("plan=true",), "leave hydra/launcher=slurm out"),
+        (("launch.max_requeues=null",), "launch.max_requeues=None: expected a whole number from 0 on"),
     ],
 )
 def test_a_refused_sweep_leaves_nothing_in_the_queue(
@@ -271,14 +288,21 @@ def test_sbatch_is_missed_in_a_sentence(
     assert "found no sbatch and srun on the PATH" in mrgen("train", "-m", "hydra/launcher=slurm", *SMALL).message
 
 
-def test_what_sbatch_refuses_is_said_and_the_rest_is_cancelled(
-    cluster: Slurm, mrgen: Callable[..., Called], tmp_path: Path
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ("echo no account >&2; exit 1", r"sbatch refused the job: (.|\n)*no account"),
+        ("echo well; exit", r"sbatch refused the job: (.|\n)*well"),
+        ("kill -INT $PPID; sleep 9", r"error: interrupted"),
+    ],
+)
+def test_where_one_of_two_arrays_is_not_submitted_the_other_is_cancelled(
+    cluster: Slurm, mrgen: Callable[..., Called], second: str, message: str
 ) -> None:
-    cluster.command("sbatch", 'if grep -q "ntasks-per-node=2" "$1"; then echo no account >&2; exit 1; fi\necho job 12')
+    cluster.command("sbatch", f'if grep -q "ntasks-per-node=2" "$1"; then {second}; fi\necho job 12')
     done = mrgen("train", "-m", "hydra/launcher=slurm", *SMALL, "trainer.devices=1,2")
     assert done.code == 1
-    assert "sbatch refused the job: " in done.err
-    assert "no account" in done.err
+    assert re.search(message, done.err)
     assert cluster.calls("scancel") == ["scancel 12"]
 
 
@@ -291,10 +315,14 @@ def commands(text: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize(
-    "line",
-    dict.fromkeys(line for name in ("README.md", "docs/cluster.md") for line in commands((ROOT / name).read_text())),
-)
+COMMANDS = {name: commands((ROOT / name).read_text()) for name in ("README.md", "docs/cluster.md")}
+
+
+def test_the_documentation_has_commands() -> None:
+    assert all(COMMANDS.values())
+
+
+@pytest.mark.parametrize("line", dict.fromkeys(line for lines in COMMANDS.values() for line in lines))
 def test_the_commands_of_the_documentation_submit(cluster: Slurm, mrgen: Callable[..., Called], line: str) -> None:
     cluster.answer("sinfo", "gpu*|64|512000|gpu:8|4|infinite")
     cluster.answer("squeue", "\n".join(f"12_{number} PENDING" for number in range(4)))
@@ -328,6 +356,24 @@ def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def test_what_slurm_says_is_kept_until_the_last_job_has_ended(
+    cluster: Slurm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It forgets jobs some minutes after their end, and does not always answer."""
+    cluster.answer("squeue", "12_0 OUT_OF_MEMORY\n12_1 RUNNING")
+    nexts = iter([lambda: cluster.command("squeue", "exit 1")] * 2 + [lambda: cluster.answer("squeue", "12_1 FAILED")])
+    monkeypatch.setattr("mrgen.launch.waiting.time", SimpleNamespace(sleep=lambda _: next(nexts)()))
+    assert wait([Job(n, "mine", (), f"{n}_mine", f"12_{n}") for n in (0, 1)]) == {
+        "12_0": "OUT_OF_MEMORY",
+        "12_1": "FAILED",
+    }
+    assert capsys.readouterr().out.splitlines() == [
+        "SLURM: 0 waiting, 1 running, 1 ended",
+        "SLURM: squeue does not answer; it is asked again until it does",
+        "SLURM: 0 waiting, 0 running, 2 ended",
+    ]
+
+
 FAILED = {"state": "failed", "reason": "UserError: no"}
 
 
@@ -339,14 +385,14 @@ FAILED = {"state": "failed", "reason": "UserError: no"}
         ({}, FAILED, "FAILED", "UserError: no"),
         ({}, {}, "CANCELLED", "ended without a word: SLURM's job 12_0 is CANCELLED, its log is "),
         ({}, {"state": "running"}, "OUT_OF_MEMORY", "SLURM's job 12_0 is OUT_OF_MEMORY"),
-        ({}, {"state": "running"}, None, "SLURM's job 12_0 is forgotten"),
+        ({}, {"state": "running"}, "forgotten", "SLURM's job 12_0 is forgotten"),
         ({}, {"state": "preempted"}, "FAILED", "saved, and not started again: SLURM's job 12_0 is FAILED"),
         (FAILED, FAILED, "NODE_FAIL", "ended without a word: SLURM's job 12_0 is NODE_FAIL"),  # what was said is old
         (FAILED, {"state": "running"}, "TIMEOUT", "SLURM's job 12_0 is TIMEOUT"),
     ],
 )
 def test_a_job_ends_as_it_says_or_as_slurm_does(
-    cluster: Slurm, tmp_path: Path, before: Any, status: Any, slurm_says: str | None, reason: str | None
+    tmp_path: Path, before: Any, status: Any, slurm_says: str, reason: str | None
 ) -> None:
     entry = Job(0, "mine", (), "0_mine", "12_0")
     (tmp_path / "0_mine").mkdir()
@@ -356,9 +402,8 @@ def test_a_job_ends_as_it_says_or_as_slurm_does(
     logs.mkdir()
     for name, text in {"12_0_0": "one\n", "12_0_1": "Error: two\nthree\n", "12_00_0": "Error: another's"}.items():
         (logs / f"{name}_log.out").write_text(text)
-    cluster.answer("squeue", f"12_0 {slurm_says}\n12_1 RUNNING\n" if slurm_says else "")
 
-    found = conclude(entry, tmp_path, before)
+    found = conclude(entry, tmp_path, before, slurm_says)
     if reason is None:
         assert found is None
         assert read_status(tmp_path / "0_mine") == status
@@ -372,6 +417,23 @@ def test_a_job_ends_as_it_says_or_as_slurm_does(
         assert found.endswith("\n  | Error: two\n  | three")
 
 
+def test_a_finished_run_that_was_to_go_on_and_was_cancelled_fails_the_sweep(
+    cluster: Slurm, mrgen: Callable[..., Called], tmp_path: Path
+) -> None:
+    sweep = tmp_path / "sweep"
+    run = sweep / "0_rsnet-t2"
+    cluster.answer("squeue", "12 PENDING")
+    arguments = ("-m", "hydra/launcher=slurm", *SMALL, "launch.detach=true", f"hydra.sweep.dir={sweep}")
+    assert mrgen("train", *arguments).code == 0
+    write_json(run / "status.json", {"state": "finished"})
+    (run / "config.yaml").write_text("trainer: {max_epochs: 2}\n")
+    cluster.answer("squeue", "12 COMPLETED\n13 CANCELLED")
+    done = mrgen("train", f"resume={sweep}", "trainer.max_epochs=3", "launch.detach=false")
+    assert done.code == 1
+    assert "error: ended without a word: SLURM's job 13 is CANCELLED" in done.err
+    assert read_status(run)["state"] == "finished"  # for fewer epochs
+
+
 # ----- inside of a job -----------------------------------------------------------------------------------------------
 
 
@@ -383,8 +445,13 @@ def test_a_job_ends_as_it_says_or_as_slurm_does(
         ("", {}),
     ],
 )
-def test_jobs_wait_or_run_until_slurm_has_them_no_longer(cluster: Slurm, states: str, expected: dict[str, str]) -> None:
+def test_jobs_wait_or_run_until_slurm_has_them_no_longer(
+    cluster: Slurm, monkeypatch: pytest.MonkeyPatch, states: str, expected: dict[str, str]
+) -> None:
     cluster.answer("squeue", states)
+    assert slurm.queue_states(["12_0", "12_1"]) == expected
+    cluster.command("squeue", f'[ -n "$SQUEUE_PARTITION" ] || cat {cluster.folder}/squeue.txt')
+    monkeypatch.setenv("SQUEUE_PARTITION", "other")
     assert slurm.queue_states(["12_0", "12_1"]) == expected
     cluster.command("squeue", "exit 1")
     assert slurm.queue_states(["12_0", "12_1"]) is None

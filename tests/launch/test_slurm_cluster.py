@@ -4,6 +4,7 @@ import csv
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -64,7 +65,7 @@ def when(condition: Callable[[], bool], action: Callable[[], object]) -> None:
     """Does something as soon as a condition holds, while the test waits for its jobs; ends them where it never does."""
 
     def watch() -> None:
-        end = time.monotonic() + 300
+        end = time.monotonic() + 900
         while not condition():
             if time.monotonic() > end:
                 subprocess.run(["scancel", "--me"])
@@ -86,6 +87,10 @@ def steps(run_dir: Path) -> int:
     path = run_dir / "metrics.csv"
     with path.open() if path.is_file() else io.StringIO() as file:
         return max((int(row["step"]) for row in csv.DictReader(file) if row["step"]), default=-1)
+
+
+def state(run_dir: Path) -> str | None:
+    return read_status(run_dir).get("state")
 
 
 def statuses(folder: Path) -> list[dict[str, Any]]:
@@ -120,74 +125,99 @@ def first_id(folder: Path) -> str:
     return str(read_jobs(folder)[0].slurm_id).partition("_")[0]
 
 
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_preempted_job_goes_on_by_itself_as_if_nothing_had_happened(
-    sweep: Callable[..., Called], tmp_path: Path
+    sweep: Callable[..., Called], tmp_path: Path, devices: int
 ) -> None:
-    """On one device and on two, each a task of its own: with the metrics of runs that were left alone."""
-    long = ("trainer.devices=1,2", "data.split.val=0.3", "trainer.max_epochs=1", "data.steps_per_epoch=150")
-    long += ("trainer.log_every_n_steps=5",)
+    """With the metrics of a run that was left alone; on two devices with a task each."""
+    steps_of = ("trainer.max_epochs=1", "data.steps_per_epoch=80", "trainer.log_every_n_steps=5")
+    long = (f"trainer.devices={devices}", "data.split.val=0.3", *steps_of)
     done = sweep("whole", *long)
     assert done.code == 0, done.err
 
-    folder, told = tmp_path / "preempted", []
-    runs = [folder / "0_rsnet-t2", folder / "1_rsnet-t2"]
+    run, told = tmp_path / "preempted" / "0_rsnet-t2", []
 
     def preempt() -> None:
         command("sbatch", "--partition=urgent", "--ntasks=8", "--output=/dev/null", "--wrap=sleep 1")
-        when(
-            lambda: all(read_status(run).get("state") == "preempted" for run in runs),
-            lambda: told.extend(read_status(run)["reason"] for run in runs),
-        )
+        when(lambda: state(run) == "preempted", lambda: told.append(read_status(run)["reason"]))
 
-    when(lambda: all(steps(run) >= 5 for run in runs), preempt)
+    when(lambda: steps(run) >= 5, preempt)
     done = sweep("preempted", *long)
     assert done.code == 0, done.err
-    assert len(told) == 2
-    for reason in told:  # where saving took longer than the time of grace SLURM has queued it again before us
-        assert re.fullmatch(r"SIGUSR2, before batch [1-9]\d* of epoch 0(; queued again)?", reason)
-    for run in runs:
-        assert read_status(run)["state"] == "finished"
-        assert_same(run / "metrics.csv", tmp_path / "whole" / run.name / "metrics.csv")
-        assert not (run / "checkpoints" / "resume.ckpt").exists()
+    # Where saving takes longer than the time of grace SLURM queues it again before us.
+    assert re.fullmatch(r"SIGUSR2, before batch [1-9]\d* of epoch 0(; queued again)?", " ".join(told))
+    assert state(run) == "finished"
+    assert_same(run / "metrics.csv", tmp_path / "whole" / run.name / "metrics.csv")
+    assert not (run / "checkpoints" / "resume.ckpt").exists()
 
 
 def test_a_detached_sweep_goes_on_and_can_be_looked_at(
     sweep: Callable[..., Called], mrgen: Callable[..., Called], tmp_path: Path
 ) -> None:
+    """Jobs of one and of two tasks."""
     folder = tmp_path / "sweep"
-    begun, one_by_one = time.monotonic(), ("hydra.launcher.array_parallelism=1",)
-    done = sweep("sweep", "seed=0,1", "trainer.max_epochs=1", "launch.detach=true", *one_by_one)
+    short = ("trainer.max_epochs=1", "data.steps_per_epoch=2", "data.split.val=0.3")
+    done = sweep("sweep", "trainer.devices=1,2", *short, "launch.detach=true")
     assert done.code == 0, done.err
-    assert time.monotonic() - begun < 30
-    assert f"scancel {first_id(folder)}" in done.out
+    one, two = (job.slurm_id for job in read_jobs(folder))
+    assert f"scancel {one} {two}" in done.out
     seen = mrgen("evaluate", f"sweep={folder}")
     assert seen.code == 0, seen.err
-    assert "waiting" in seen.out
+    assert re.search("waiting|running", seen.out)
     # The same sweep again waits for the jobs that are there.
     done = mrgen("train", f"resume={folder}", "launch.detach=false")
     assert done.code == 0, done.err
     assert "0 jobs submitted" in done.out
     assert [status["state"] for status in statuses(folder)] == ["finished", "finished"]
-    assert "waiting" not in mrgen("evaluate", f"sweep={folder}").out
+    assert not re.search("waiting|running", mrgen("evaluate", f"sweep={folder}").out)
+    # Both tasks trained, and the first one alone wrote.
+    logs = [folder / ".submitit" / f"{two}_{task}_log.out" for task in (0, 1)]
+    assert ["run: " in log.read_text() for log in logs] == [True, False]
+    assert ["Job completed successfully" in log.read_text() for log in logs] == [True, True]
+
+
+SCRIPT = Path(__file__).resolve().parents[2] / "docs" / "apptainer.sbatch"
+SMALL = ("--parsable", "--gpus-per-node=0", "--mem=1G", "--cpus-per-task=1")
+
+
+@pytest.fixture
+def apptainer(cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A stand-in for Apptainer that calls what it would call in the container."""
+    path = tmp_path / "bin" / "apptainer"
+    path.parent.mkdir()
+    path.write_text('#!/bin/sh\nwhile [ "$1" != mrgen-train ]; do shift; done\nexec "$@"\n')
+    path.chmod(0o755)
+    places = f"{path.parent}:{Path(sys.executable).parent}:{cluster['PATH']}"
+    for name, value in {
+        **cluster,
+        "PATH": places,
+        "MRGEN_RUNS": str(tmp_path / "runs"),
+        "OMP_NUM_THREADS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    return path
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
+def test_the_batch_script_for_an_image_is_queued_again_after_a_signal_before_training(
+    apptainer: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    apptainer.write_text(f'#!/bin/sh\n[ -n "$SLURM_RESTART_COUNT" ] || kill -{int(number)} $$\n')
+    job = command("sbatch", *SMALL, f"--output={tmp_path}/log", str(SCRIPT)).strip()
+    while command("squeue", "--noheader"):
+        time.sleep(0.5)
+    shown = command("scontrol", "show", "job", job)
+    assert "JobState=COMPLETED" in shown
+    assert "Restarts=1" in shown
 
 
 @pytest.mark.slow
 def test_the_batch_script_for_an_image_goes_on_when_it_is_told_to_end(
-    cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, phantom_store: Path
+    apptainer: Path, tmp_path: Path, phantom_store: Path
 ) -> None:
-    """With a stand-in for Apptainer that calls what it would call in the container."""
-    apptainer = tmp_path / "bin" / "apptainer"
-    apptainer.parent.mkdir()
-    apptainer.write_text('#!/bin/sh\nwhile [ "$1" != mrgen-train ]; do shift; done\nexec "$@"\n')
-    apptainer.chmod(0o755)
-    path = f"{apptainer.parent}:{Path(sys.executable).parent}:{cluster['PATH']}"
-    for name, value in {**cluster, "PATH": path, "MRGEN_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}.items():
-        monkeypatch.setenv(name, value)
-    options = ("--parsable", "--gpus-per-node=0", "--mem=1G", "--cpus-per-task=1", f"--output={tmp_path}/log")
     run = ("experiment=rsnet/rsnet", *TINY, f"data.store='{phantom_store}'", "trainer.max_epochs=2")
     steps_of = ("data.steps_per_epoch=60", "trainer.log_every_n_steps=1")
-    script = Path(__file__).resolve().parents[2] / "docs" / "apptainer.sbatch"
-    job = command("sbatch", *options, str(script), *run, *steps_of).strip()
+    job = command("sbatch", *SMALL, f"--output={tmp_path}/log", str(SCRIPT), *run, *steps_of).strip()
     folder = tmp_path / "runs" / f"job_{job}"
     when(lambda: steps(folder) >= 5, lambda: command("scancel", "--signal=USR2", job))
     while command("squeue", "--noheader"):

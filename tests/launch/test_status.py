@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mrgen.errors import Preempted, UserError
-from mrgen.launch.status import read_status, recorded, write_json
+from mrgen.launch.status import has_begun, read_status, recorded, write_json
 
 
 def test_running_then_finished(tmp_path: Path):
@@ -25,7 +25,7 @@ def test_running_then_finished(tmp_path: Path):
 
 def test_a_finished_run_may_say_why_it_ended_early(tmp_path: Path):
     with recorded(tmp_path, command="mrgen-train") as outcome:
-        outcome["stopped"] = "trainer.max_time: 3600 s"
+        outcome.stopped = "trainer.max_time: 3600 s"
     status = read_status(tmp_path)
     assert (status["state"], status["stopped"]) == ("finished", "trainer.max_time: 3600 s")
 
@@ -51,6 +51,51 @@ def test_a_failure_is_kept_with_its_reason_and_goes_on(tmp_path: Path, last_word
     assert capsys.readouterr().err == (
         f"resume with: mrgen-train resume={tmp_path}  (no checkpoint yet: it starts over)\n"
     )
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_is_refused_leaves_the_status_of_a_run_as_it_was(tmp_path: Path, last_words: list[Callable], begun: bool):
+    earlier = {"state": "finished", "started": "2026-01-01T00:00:00+0000", "ended": "2026-01-01T01:00:00+0000"}
+    write_json(tmp_path / "status.json", earlier)
+
+    def refuse() -> None:
+        with recorded(tmp_path, command="mrgen-train") as outcome:
+            assert read_status(tmp_path)["state"] == "running"
+            outcome.begun = begun
+            raise UserError("no GPU here")
+
+    with pytest.raises(UserError):
+        refuse()
+    assert (read_status(tmp_path) == earlier) is not begun
+
+
+def test_nothing_is_advised_of_a_folder_that_is_gone_or_one_of_a_sweep(
+    tmp_path: Path, last_words: list[Callable], capsys
+):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with pytest.raises(UserError), recorded(run_dir, command="mrgen-train"):
+        raise UserError("no")
+    (run_dir / "status.json").unlink()
+    run_dir.rmdir()
+    last_words.pop()()
+    assert capsys.readouterr().err == ""
+    run_dir.mkdir()
+    (tmp_path / "sweep.json").touch()
+    with pytest.raises(UserError), recorded(run_dir, command="mrgen-train"):
+        raise UserError("no")
+    assert not last_words
+
+
+def test_a_run_has_begun_once_something_was_learned(tmp_path: Path):
+    from mrgen.callbacks.preemption import RESUME
+    from mrgen.launch.fitting import ESTIMATOR
+
+    assert not has_begun(tmp_path)
+    for number, name in enumerate((f"checkpoints/{RESUME}", "checkpoints/last.ckpt", str(ESTIMATOR))):
+        (tmp_path / str(number) / name).parent.mkdir(parents=True)
+        (tmp_path / str(number) / name).touch()
+        assert has_begun(tmp_path / str(number))
 
 
 def test_with_a_checkpoint_the_line_is_a_command_and_nothing_else(tmp_path: Path, last_words: list[Callable], capsys):

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from mrgen.errors import UserError
 from mrgen.launch import sweeps
+from mrgen.launch.resuming import resumed
 from mrgen.launch.status import read_status, write_json
 from mrgen.launch.sweeps import Job, objective, read_jobs, sweep_status, write_jobs
 from tests.launch import stand_in
@@ -60,6 +61,27 @@ def test_a_job_that_fails_leaves_the_others_untouched(mrgen: Script, tmp_path: P
     assert f"go on with: mrgen-train resume={folder}" in called.out
 
 
+def test_a_job_that_another_process_trains_is_left_to_it(
+    mrgen: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refused(conf: Any, run_dir: Path) -> None:
+        raise UserError(f"{run_dir}: is being trained by process {os.getppid()}")
+
+    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    status = {"state": "running", "host": socket.gethostname(), "pid": os.getppid(), "started": now}
+    write_json(tmp_path / "sweep" / "0_train" / "status.json", status)
+    monkeypatch.setattr(stand_in, "train", refused)
+    called = mrgen("train", "-m", "target=t1", "hydra.sweep.dir=sweep")
+    assert called.code == 1
+    assert "1 of 1 jobs of the sweep failed:\n  0_train: " in called.err
+    assert read_status(tmp_path / "sweep" / "0_train") == status
+
+
+def test_a_job_is_counted_once_wherever_its_folder_lies(mrgen: Script):
+    called = mrgen("train", "-m", "target=wrong,t1", "hydra.sweep.subdir=${name}/${hydra.job.num}")
+    assert called.err.endswith("error: 1 of 2 jobs of the sweep failed:\n  train/0: a wrong setting\n")
+
+
 def test_a_wrong_name_is_refused_before_the_first_job_trains(mrgen: Script, tmp_path: Path):
     called = mrgen("train", "-m", "target=t1,t2", "name=${nope}")
     assert called.code == 1
@@ -83,6 +105,17 @@ def test_every_rank_of_every_job_has_its_jobs_config_and_a_fresh_port(mrgen: Scr
     assert [row.state for row in sweep_status(folder)] == ["failed", "finished"]
     assert "0_train: rank 1 of 2 was ended by SIGKILL" in called.err
     assert dict(os.environ) == {**before, "HYDRA_FULL_ERROR": "1"}
+
+
+def test_ranks_know_what_hydra_knows_of_their_job(mrgen: Script, tmp_path: Path):
+    own = ("seed=${hydra:job.num}", "+model.of=[${hydra:job.override_dirname}]")
+    called = mrgen("train", "-m", "target=t1,t2", *own, *DDP)
+    assert called.code == 0, called.err
+    for number, target in enumerate(("t1", "t2")):
+        assert OmegaConf.load(only_sweep(tmp_path) / f"{number}_train" / ".hydra" / "config.yaml").seed == number
+        for rank in seen(only_sweep(tmp_path) / f"{number}_train"):
+            assert rank["conf"]["seed"] == number
+            assert f"target={target}" in rank["conf"]["model"]["of"][0]
 
 
 def test_all_jobs_are_listed_from_the_start_and_none_leaves_anything_in_the_environment(
@@ -129,6 +162,40 @@ def test_a_sweep_of_plans_is_no_sweep(mrgen: Script, tmp_path: Path, monkeypatch
     assert not list(tmp_path.rglob("sweep.json"))
 
 
+def test_a_plan_of_a_sweep_that_has_begun_is_not_kept(tmp_path: Path):
+    folder = tmp_path / "sweep"
+    write_jobs(folder, [])
+    (folder / "multirun.yaml").write_text(
+        "hydra: {sweeper: {}, runtime: {config_sources: []}, overrides: {hydra: [], task: ['seed=0,1', 'plan=true']}}\n"
+    )
+    arguments = resumed([f"resume={folder}"])
+    assert "seed=0,1" in arguments
+    assert "plan=true" not in arguments
+
+
+def test_a_sweep_that_still_runs_is_left_to_its_command(mrgen: Script, tmp_path: Path):
+    assert mrgen("train", "-m", "target=t1,t2", "hydra.sweep.dir=sweep").code == 0
+    status = tmp_path / "sweep" / "1_train" / "status.json"
+    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    write_json(status, {"state": "running", "host": socket.gethostname(), "pid": os.getpid(), "started": now})
+    called = mrgen("train", f"resume={tmp_path}/sweep")
+    assert f"{tmp_path}/sweep: 1_train still runs; wait for the sweep's end" in called.message
+    write_json(status, {"state": "running", "host": "another", "pid": os.getpid(), "started": now})
+    assert mrgen("train", f"resume={tmp_path}/sweep").code == 0
+
+
+def test_a_folder_that_holds_a_sweep_is_refused_without_resume(mrgen: Script, tmp_path: Path):
+    """Its list of jobs and what it was started with would be another sweep's."""
+    assert mrgen("train", "-m", "target=t1,t2", "hydra.sweep.dir=sweep").code == 0
+    before = {name: (tmp_path / "sweep" / name).read_text() for name in ("sweep.json", "multirun.yaml")}
+    called = mrgen("train", "-m", "target=flair", "name=other", "hydra.sweep.dir=sweep")
+    assert called.code == 1
+    folder = tmp_path / "sweep"
+    assert f"{folder} holds a sweep; give another folder, or go on with resume={folder}" in called.message
+    assert {name: (folder / name).read_text() for name in before} == before
+    assert not (folder / "0_other").exists()
+
+
 # ----- Optuna ------------------------------------------------------------------------------------------------------
 
 
@@ -157,16 +224,39 @@ def test_a_trial_that_fails_is_a_failed_trial(mrgen: Script, tmp_path: Path):
 
 
 def test_where_all_trials_fail_there_is_no_traceback(mrgen: Script):
-    called = mrgen("train", "-m", *SEARCH, "target=wrong")
+    called = mrgen("train", "-m", *SEARCH, "target=choice(wrong)")
     assert called.code == 1
     assert "3 of 3 jobs of the sweep failed" in called.err
     assert "Traceback" not in called.err
 
 
 def test_a_search_without_a_monitor_is_refused(mrgen: Script):
-    called = mrgen("train", "-m", *SEARCH, "target=t1", "monitor=null")
+    called = mrgen("train", "-m", *SEARCH, "model.lr=interval(0.1,0.9)", "monitor=null")
     assert called.code == 1
-    assert "train has no monitor, and the sweeper needs a value to make small: monitor=val/loss" in called.err
+    assert called.message.startswith("train has no monitor, and the sweeper needs a value to make small: monitor=val")
+
+
+def test_a_search_without_ranges_is_refused(mrgen: Script, tmp_path: Path):
+    assert mrgen("train", "-m", *SEARCH, "target=t1").message.startswith(
+        "the sweeper has nothing to search; give ranges"
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("hydra/launcher=local",), "hydra/launcher=local starts the jobs of a sweep; add -m"),
+        (("launch.detach=true",), "launch.detach=true leaves jobs to SLURM; add -m hydra/launcher=slurm"),
+        (("-m", "target=t1,t2", "launch.detach=true"), "launch.detach=true leaves jobs to SLURM"),
+    ],
+)
+def test_what_a_single_run_or_this_machine_cannot_do_is_not_ignored(
+    mrgen: Script, arguments: tuple[str, ...], said: str
+):
+    called = mrgen("train", *arguments)
+    assert called.code == 1
+    assert said in called.err
 
 
 # ----- resuming ----------------------------------------------------------------------------------------------------
@@ -183,7 +273,7 @@ def test_a_sweep_is_resumed_in_its_folder_with_its_jobs(mrgen: Script, tmp_path:
     jobs = read_jobs(folder)
     shutil.rmtree(folder / "0_mine")  # never started
     for _ in range(2):  # and once more
-        called = mrgen("train", f"resume={folder}", "trainer.max_epochs=7")
+        called = mrgen("train", f"resume={folder}", "trainer.max_epochs=7", "model.lr=0.5")
         assert called.code == 1
         assert only_sweep(tmp_path) == folder
         assert [job.folder for job in read_jobs(folder)] == [job.folder for job in jobs]
@@ -214,6 +304,8 @@ def test_trials_are_tried_again_with_the_same_values(mrgen: Script, tmp_path: Pa
             ["model=rnet"],
             r"model=rnet: a resumed sweep keeps its model; only what leaves its weights alone",
         ),
+        (["model.lr=0.1"], r"model\.lr=0\.1: a resumed sweep keeps its model\.lr; only what"),
+        (["name=other"], r"name=other: a resumed sweep keeps its name; only what"),  # and folders follow it
     ],
 )
 def test_arguments_that_would_make_another_sweep_are_refused(
@@ -288,18 +380,20 @@ def test_the_state_of_a_job_is_what_it_says_unless_its_process_is_gone(tmp_path:
 
 
 def test_slurm_is_asked_once_for_the_jobs_that_have_not_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    queue = {"1_0": "PENDING", "1_1": "RUNNING", "1_3": "PENDING", "1_4": "PENDING"}
+    known = {"1_0": "PENDING", "1_1": "RUNNING", "1_3": "PENDING", "1_4": "PENDING", "1_6": "OUT_OF_MEMORY"}
     asked = []
-    monkeypatch.setattr(sweeps, "queue_states", lambda ids: asked.append(list(ids)) or queue)
+    monkeypatch.setattr(sweeps, "job_states", lambda ids: asked.append(list(ids)) or known)
     running = {"state": "running", "host": "node7", "pid": 1}
-    statuses = [None, None, running, running, {"state": "preempted"}, {"state": "finished"}, None]
+    statuses = [None, None, running, running, {"state": "preempted"}, {"state": "finished"}, running, None]
     for number, status in enumerate(statuses):
         make(tmp_path, job(number), status)
     write_jobs(tmp_path, [job(number, f"1_{number}") for number in range(len(statuses))])
-    states = [row.state for row in sweep_status(tmp_path)]
-    assert states == ["waiting", "running", "lost", "waiting", "preempted", "finished", "lost"]
-    assert asked == [["1_0", "1_1", "1_2", "1_3", "1_4", "1_6"]]
-    monkeypatch.setattr(sweeps, "queue_states", lambda ids: None)  # squeue does not answer
+    rows = sweep_status(tmp_path)
+    states = ["waiting", "running", "lost", "waiting", "preempted", "finished", "failed", "lost"]
+    assert [row.state for row in rows] == states
+    assert rows[6].reason == "SLURM ended it: OUT_OF_MEMORY"
+    assert asked == [["1_0", "1_1", "1_2", "1_3", "1_4", "1_6", "1_7"]]
+    monkeypatch.setattr(sweeps, "job_states", lambda ids: None)  # squeue does not answer
     assert [row.state for row in sweep_status(tmp_path)][:4] == ["waiting", "waiting", "running", "running"]
 
 

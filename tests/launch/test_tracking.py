@@ -73,6 +73,16 @@ def test_a_login_elsewhere_is_offline(nobody: Path, monkeypatch: pytest.MonkeyPa
     assert wandb_mode() == "online"
 
 
+def test_a_login_at_a_server_of_ones_own_is_online(nobody: Path):
+    """As ``wandb login --host`` leaves it, whose server stands in W&B's settings."""
+    log_in(nobody, "wandb.hospital.example")
+    (nobody / ".config" / "wandb").mkdir(parents=True)
+    (nobody / ".config" / "wandb" / "settings").write_text(
+        "[default]\nbase_url = https://wandb.hospital.example:8080\n"
+    )
+    assert wandb_mode() == "online"
+
+
 def test_a_login_file_in_another_place(nobody: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     log_in(nobody)
     (nobody / ".netrc").rename(tmp_path / "netrc")
@@ -169,7 +179,7 @@ class Service:
 
     def init(self, **settings: Any) -> "Service":
         self.begun.append(settings)
-        self.mode = settings["mode"]
+        self.mode, self.id = settings["mode"], settings["id"]
         self.does.get(f"init {self.mode}", lambda: None)()
         return self
 
@@ -193,7 +203,7 @@ class Service:
     def settings(self) -> SimpleNamespace:
         return SimpleNamespace(mode=self.mode)
 
-    id, name, url = "a-run", "a run", "https://wandb.example/a-run"
+    name, url = "a run", "https://wandb.example/a-run"
 
 
 @pytest.fixture
@@ -234,7 +244,8 @@ def test_what_a_run_is_told(tmp_path: Path, service: Service, conf: DictConfig, 
         logger.log_metrics({"val/loss": 0.5}, 7)
     (begun,) = service.begun
     assert (begun["name"], begun["group"], begun["project"]) == ("rsnet-t2 seed=1", "sweep", "theirs")
-    assert (begun["job_type"], begun["mode"], begun["id"]) == ("train", "offline", "sweep-0_rsnet-t2")
+    assert (begun["job_type"], begun["mode"]) == ("train", "offline")
+    assert not begun["settings"].x_disable_stats  # W&B's system metrics
     assert begun["config"]["model"]["target"] == "t2"
     assert begun["config"]["split"] == {"train": ["a"], "val": ["b"], "test": ["c"]}
     assert begun["config"]["environment"]["commit"] == "abc"
@@ -243,6 +254,23 @@ def test_what_a_run_is_told(tmp_path: Path, service: Service, conf: DictConfig, 
     with loggers(conf, run_dir):
         pass
     assert service.begun[1]["group"] == "mine"
+
+
+@pytest.mark.parametrize("kind", ["run", "offline-run"])
+def test_a_run_goes_on_in_its_own_and_in_no_other_of_its_name(
+    tmp_path: Path, service: Service, conf: DictConfig, kind: str
+):
+    here, elsewhere = (tmp_path / place / "sweep" / "0_rsnet-t2" for place in ("here", "elsewhere"))
+    for folder in (here, elsewhere):
+        with loggers(conf, folder):
+            pass
+    ids = [begun["id"] for begun in service.begun]
+    assert len(set(ids)) == 2
+    (here / "wandb" / f"{kind}-20260101_000000-{ids[0]}").mkdir(parents=True)
+    (here / "wandb" / "latest-run").symlink_to(f"{kind}-20260101_000000-{ids[0]}")
+    with loggers(conf, here):
+        pass
+    assert service.begun[2]["id"] == ids[0]
 
 
 @pytest.mark.parametrize(
@@ -335,13 +363,14 @@ def test_a_service_that_dies_at_the_end_keeps_nobody(
     log_in(nobody)
     service.does = {"finish": trouble}
     here = tmp_path / "a run"
-    (here / "wandb" / f"run-20260101_000000-{tmp_path.name}-a-run").mkdir(parents=True)
+    (here / "wandb" / "run-20260101_000000-known").mkdir(parents=True)
     started = time.monotonic()
     with loggers(conf, here):
         pass
     assert time.monotonic() - started < 2.5
     out = capsys.readouterr().out
-    assert f"wandb sync {shlex.quote(str(here / 'wandb'))[:-1]}" in out  # what is on the disk can be sent
+    # What is on the disk can be sent, and not without the option.
+    assert f"wandb sync --include-online {shlex.quote(str(here / 'wandb' / 'run-20260101_000000-known'))}" in out
     assert service.url in out
 
 
@@ -384,20 +413,33 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
     return codes
 
 
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What W&B was told when they began; the runs are real."""
+    import wandb
+
+    told: list[dict[str, Any]] = []
+    init = wandb.init
+    monkeypatch.setattr("wandb.init", lambda **settings: told.append(settings) or init(**settings))
+    return told
+
+
 def test_an_offline_run_lies_in_the_run_folder_and_says_how_to_send_it(
-    tmp_path: Path, phantom_store: Path, ended: list[int], capfd: pytest.CaptureFixture
+    tmp_path: Path, phantom_store: Path, begun: list[dict], ended: list[int], capfd: pytest.CaptureFixture
 ):
     import wandb
 
-    run_dir = tracked_run(
-        tmp_path / "runs" / "rsnet t2" / "a#1", phantom_store, "tracking=wandb"
-    )  # characters that no W&B id may hold
+    run_dir = tracked_run(tmp_path / "rsnet t2", phantom_store, "tracking=wandb", "callbacks=[images]")
     assert ended == [0]
     assert wandb.run is None
     (folder,) = (run_dir / "wandb").glob("offline-run-*")
     assert [file.suffix for file in folder.glob("*.wandb")] == [".wandb"]
-    assert folder.name.endswith("-rsnet-t2-a-1")
     assert f"wandb sync '{folder}'" in capfd.readouterr().out
+    (told,) = [settings["config"] for settings in begun]
+    assert told["split"] == json.loads((run_dir / "split.json").read_text())
+    assert told["environment"] == json.loads((run_dir / "environment.json").read_text())
+    assert "commit" in told["environment"]
+    assert [path.name.partition("_")[0] for path in folder.glob("files/media/images/*.png")] == ["images"]
     assert (run_dir / "metrics.csv").is_file()  # the source of truth is there all the same
 
 
@@ -496,14 +538,7 @@ def results(tmp_path: Path) -> Path:
     return folder
 
 
-def test_results_are_tables_and_pictures_of_an_evaluation(
-    results: Path, ended: list[int], monkeypatch: pytest.MonkeyPatch
-):
-    import wandb
-
-    begun: list[dict[str, Any]] = []
-    init = wandb.init
-    monkeypatch.setattr("wandb.init", lambda **settings: begun.append(settings) or init(**settings))
+def test_results_are_tables_and_pictures_of_an_evaluation(results: Path, begun: list[dict], ended: list[int]):
     track_results(composed("evaluate", "experiment=rsnet/swap"), results)
     assert [settings["job_type"] for settings in begun] == ["evaluation"]
     assert ended == [0]

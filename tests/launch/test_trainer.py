@@ -19,9 +19,11 @@ from mrgen.launch.paths import CONF_DIR
 from mrgen.launch.runs import load_run
 from mrgen.launch.status import read_status
 from mrgen.launch.trainer import build_trainer
+from mrgen.papers.lesion_vaegan.generation import LesionVAEGAN
 from mrgen.papers.rsnet import RSNet
 from tests.launch.test_training import resumed
 from tests.launch.test_training_paper3 import trained as trained_paper3
+from tests.launch.test_training_paper4 import trained as trained_paper4
 from tests.launch.test_training_paper5 import PIX2PIX
 from tests.launch.test_training_paper5 import trained as trained_paper5
 from tests.launch.tools import TINY, Called, composed, tiny_run
@@ -57,7 +59,7 @@ def test_presets_are_taken_one_by_one_or_together():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_one_sentence(tmp_path: Path):
-    with pytest.raises(UserError, match=r"trainer\.accelerator=gpu trainer\.devices=1 .*: No supported gpu backend"):
+    with pytest.raises(UserError, match=r"trainer\.accelerator is gpu, and PyTorch found no GPU"):
         built(tmp_path, "trainer.accelerator=gpu")
 
 
@@ -100,6 +102,39 @@ def test_debug_learns_one_batch_by_heart(tmp_path: Path, phantom_store: Path, mo
     losses = [float(row["train/loss_epoch"]) for row in rows if row["train/loss_epoch"]]
     assert losses[-1] < 0.7 * losses[0]
     assert not [name for name in rows[0] if name.startswith("val/")]
+
+
+def test_debug_shows_the_same_slices_of_unpaired_sequences(
+    tmp_path: Path, phantom_store: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shown = []
+    step = LesionVAEGAN.training_step
+
+    def spying(self: LesionVAEGAN, batch: Any, batch_idx: int) -> Any:
+        shown.append({name: part["image"].sum().item() for name, part in batch.items()})
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(LesionVAEGAN, "training_step", spying)
+    trained_paper4(tmp_path / "run", phantom_store, "generation", "trainer=debug")
+    assert len(shown) == 2
+    assert shown[0] == shown[1]
+    assert len(shown[0]) == 4
+
+
+def test_bf16_computes_in_it(tmp_path: Path, phantom_store: Path, monkeypatch: pytest.MonkeyPatch):
+    found = set()
+    forward = torch.nn.Conv3d.forward
+
+    def spying(self: torch.nn.Conv3d, x: torch.Tensor) -> torch.Tensor:
+        answer = forward(self, x)
+        found.add(answer.dtype)
+        return answer
+
+    monkeypatch.setattr(torch.nn.Conv3d, "forward", spying)
+    precision = composed("train", "trainer=bf16").trainer.precision
+    run_dir = tiny_run(tmp_path / "run", phantom_store, *PATCHES, f"trainer.precision={precision}")
+    assert found == {torch.bfloat16}
+    assert {weight.dtype for weight in load_run(run_dir).model.parameters()} == {torch.float32}
 
 
 def test_fast_dev_run_goes_through_and_leaves_what_it_says(mrgen: Script, tmp_path: Path, phantom_store: Path):
@@ -154,6 +189,12 @@ def test_early_stopping_says_why(tmp_path: Path, phantom_store: Path):
         "early_stopping: Monitored metric val/loss did not improve in the last 2 records"
     )
     assert [row["epoch"] for row in read_metrics(run_dir / "metrics.csv") if row["val/loss"]] == ["0", "1", "2"]
+
+
+def test_a_monitor_that_is_not_logged_is_refused_before_the_first_batch(tmp_path: Path, phantom_store: Path):
+    with pytest.raises(UserError, match=r"monitor is val/los; RSNet logs val/loss, val/synthesis, .*val/dice_TC"):
+        tiny_run(tmp_path / "run", phantom_store, "monitor=val/los")
+    assert not (tmp_path / "run" / "metrics.csv").exists()
 
 
 # ----- compiling --------------------------------------------------------------------------------------------------
@@ -248,6 +289,17 @@ def test_optuna_searches_what_a_preset_says(mrgen: Script, tmp_path: Path, phant
     values = [min(float(row["val/mse_tumour"]) for row in read_metrics(run.path / "metrics.csv")) for run in runs]
     assert best["best_value"] == pytest.approx(min(values))
     assert best["best_params"]["model.lr"] == pytest.approx(rates[values.index(min(values))])
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_grid_of_presets_is_one_sweep(mrgen: Script, tmp_path: Path):
+    called = mrgen("train", "-m", "experiment=rsnet/methods_grid", f"hydra.sweep.dir='{tmp_path}/sweep'")
+    assert called.code == 0, called.err
+    runs = sorted((tmp_path / "sweep").glob("*/config.yaml"))
+    names = [f"{method}-{target}" for method in ("rsnet", "rnet") for target in ("t1", "t2", "t1ce", "flair")]
+    assert [run.parent.name for run in runs] == [f"{i}_{name}" for i, name in enumerate(names)]
+    segment = [yaml.safe_load(run.read_text())["model"]["segment"] for run in runs]
+    assert segment == [True] * 4 + [False] * 4
 
 
 @pytest.mark.parametrize("preset", ["rsnet/search", "t1_to_t2/pix2pix_grid"])

@@ -24,7 +24,7 @@ from mrgen.data.store import Store
 from mrgen.errors import Preempted, UserError
 from mrgen.launch.csv_logger import read_metrics
 from mrgen.launch.runs import load_run
-from mrgen.launch.status import read_status
+from mrgen.launch.status import read_status, write_json
 from mrgen.launch.trainer import choose_precision
 from mrgen.launch.training import build_datamodule, fill_from_store, train
 from mrgen.papers.rsnet import RSNet
@@ -347,6 +347,38 @@ mrgen.train.main()
     assert_same_run(run_dir, uninterrupted)
 
 
+class Killed(BaseException):
+    """Nobody expects it."""
+
+
+def test_a_sweep_that_ended_in_its_second_job_goes_on_there(
+    mrgen: Callable[..., Called], uninterrupted: Path, tmp_path: Path, phantom_store: Path, last_words: list[Callable]
+):
+    sweep, steps, step = tmp_path / "sweep", [], RSNet.training_step
+
+    def killed(self: RSNet, data: Any, batch_idx: int) -> Any:
+        steps.append((self.current_epoch, batch_idx))
+        if len(steps) == 15:  # the second job's in its second epoch
+            raise Killed
+        return step(self, data, batch_idx)
+
+    arguments = ("experiment=rsnet/rsnet", *TINY, *STATEFUL, "trainer.max_epochs=2", f"data.store={phantom_store}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RSNet, "training_step", killed)
+        with pytest.raises(Killed):
+            mrgen("train", "-m", *arguments, "seed=4,3", f"hydra.sweep.dir={sweep}")
+    first, second = sweep / "0_rsnet-t2", sweep / "1_rsnet-t2"
+    gone = {"state": "running", "pid": 2**22 + 1}  # as after a kill -9
+    write_json(second / "status.json", read_status(second) | gone)
+    before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file() and ".hydra" not in path.parts}
+    with counted_steps(RSNet) as again:
+        called = mrgen("train", f"resume={sweep}")
+    assert called.code == 0, called.err
+    assert again == [(1, batch) for batch in range(4)]
+    assert {path: path.read_bytes() for path in before} == before
+    assert_same_run(second, uninterrupted)
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_whenever_it_happens_goes_on(uninterrupted: Path, tmp_path: Path, phantom_store: Path):
     """At random moments, of the start, a step, a validation or the end, until it has finished all the same."""
@@ -422,12 +454,23 @@ def test_a_resumed_run_keeps_its_split_although_the_store_has_grown(tmp_path: Pa
     assert Split.load(fresh / "split.json") != before
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
-def test_a_last_checkpoint_that_cannot_be_read_is_one_sentence(rsnet_run: Path, tmp_path: Path, content: bytes | None):
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        lambda whole: b"",
+        lambda whole: b"no checkpoint",
+        lambda whole: whole[:5000],
+        lambda whole: whole[: len(whole) // 2] + 256 * b"x" + whole[len(whole) // 2 + 256 :],  # which torch loads
+    ],
+    ids=["empty", "other", "truncated", "overwritten"],
+)
+def test_a_last_checkpoint_that_cannot_be_read_is_one_sentence(
+    rsnet_run: Path, tmp_path: Path, damaged: Callable[[bytes], bytes]
+):
     shutil.copytree(rsnet_run, tmp_path / "run")
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    last.write_bytes(last.read_bytes()[:5000] if content is None else content)
-    with pytest.raises(UserError, match=r"last.ckpt: cannot be read as a checkpoint of mrgen \(\w+\)$"):
+    last.write_bytes(damaged(last.read_bytes()))
+    with pytest.raises(UserError, match=r"last.ckpt: cannot be read as a checkpoint of mrgen \(\w+\); put back"):
         resumed(tmp_path / "run", "trainer.max_epochs=2")
 
 
@@ -466,12 +509,21 @@ def test_metrics_csv_is_a_plain_csv(uninterrupted: Path):
     assert {len(row) for row in rows} == {len(header)}
 
 
-def test_a_resume_with_another_network_is_refused_and_leaves_the_run_as_it_was(
-    mrgen: Callable[..., Called], rsnet_run: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("model.filters=4", "the run began with another config (model.filters: 2 there, 4 here)"),
+        ("trainer.accelerator=gpu", "PyTorch found no GPU on this machine"),
+        ("trainer.max_time=12h", "trainer.max_time is '12h'; expected DD:HH:MM:SS"),
+        ("trainer.max_epochs=two", "trainer.max_epochs is two; expected a whole number"),
+    ],
+)
+def test_a_resume_that_is_refused_leaves_the_run_as_it_was(
+    mrgen: Callable[..., Called], rsnet_run: Path, tmp_path: Path, asked: str, said: str
 ):
     run_dir = shutil.copytree(rsnet_run, tmp_path / "copy")
-    before = {name: (run_dir / name).read_text() for name in ("config.yaml", "status.json")}
-    called = mrgen("train", f"resume={run_dir}", "model.filters=4", "trainer.max_epochs=2")
+    before = {name: (run_dir / name).read_text() for name in ("config.yaml", "status.json", "metrics.csv")}
+    called = mrgen("train", f"resume={run_dir}", "trainer.max_epochs=2", asked)
     assert called.code == 1
-    assert "the run began with another config (model.filters: 2 there, 4 here)" in called.message
+    assert said in called.message
     assert {name: (run_dir / name).read_text() for name in before} == before
