@@ -13,7 +13,7 @@ def task(conf: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     if conf.evaluation is None and conf.sweep:
-        from mrgen.launch.sweeps import view
+        from mrgen.launch.sweeps.jobs import view
 
         for folder in conf.sweep if isinstance(conf.sweep, ListConfig) else [conf.sweep]:
             view(Path(str(folder)).expanduser())
@@ -21,12 +21,12 @@ def task(conf: DictConfig) -> None:
         return
     if conf.evaluation is None:
         raise UserError("nothing says what to judge; choose a preset, such as experiment=rsnet/swap")
-    from mrgen.launch.augmenting import judge_augmentation
-    from mrgen.launch.availability import judge_availability
-    from mrgen.launch.benching import judge_bench
-    from mrgen.launch.cross_validating import cross_validate
-    from mrgen.launch.evaluating import evaluate
-    from mrgen.launch.sampling import KEYS, draw_samples
+    from mrgen.launch.judging.augmenting import judge_augmentation
+    from mrgen.launch.judging.availability import judge_availability
+    from mrgen.launch.judging.benching import judge_bench
+    from mrgen.launch.judging.cross_validating import cross_validate
+    from mrgen.launch.judging.evaluating import evaluate
+    from mrgen.launch.judging.sampling import KEYS, draw_samples
     from mrgen.launch.tracking import track_results
 
     judges = {

@@ -9,7 +9,7 @@ def task(conf: DictConfig) -> None:
     """Synthesises every subject below the input, or generates a cohort; exit code 1 where some were left out."""
     import sys
 
-    from mrgen.launch.synthesizing import synthesize
+    from mrgen.launch.synthesis.synthesizing import synthesize
 
     if synthesize(conf):
         sys.exit(1)

@@ -4,7 +4,7 @@ from omegaconf import DictConfig
 
 from mrgen.errors import UserError
 from mrgen.launch.app import leave_nothing, run_app
-from mrgen.launch.sweeping import check_objective, kept, table_at_the_end
+from mrgen.launch.sweeps.sweeping import check_objective, kept, table_at_the_end
 
 
 def task(conf: DictConfig) -> float | None:
@@ -18,7 +18,7 @@ def task(conf: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     from mrgen.launch import ranks
-    from mrgen.launch.sweeps import objective
+    from mrgen.launch.sweeps.jobs import objective
 
     if "evaluation" in conf:
         raise UserError(f"{conf.name} is a preset of mrgen-evaluate: there is nothing in it to train")

@@ -16,9 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from mrgen.data.layouts import Layout
 from mrgen.errors import UserError
 from mrgen.launch.instantiate import instantiate
+from mrgen.launch.judging.reporting import KINDS
 from mrgen.launch.paths import CONF_DIR
 from mrgen.launch.plan import FULL_SIZE, plan
-from mrgen.launch.reporting import KINDS
 from tests.launch.tools import composed
 
 EXPERIMENTS = CONF_DIR / "experiment"

@@ -1,1 +1,1 @@
-"""Hydra looks for launchers here and nowhere else; what this one does lies in ``mrgen.launch.submission``."""
+"""Hydra looks for launchers here and nowhere else; what this one does lies in ``mrgen.launch.cluster.submission``."""

@@ -26,6 +26,6 @@ class SlurmLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         # Hydra imports every plugin at every start of every command.
-        from mrgen.launch.submission import launch
+        from mrgen.launch.cluster.submission import launch
 
         return launch(self.settings, self.config, self.hydra_context, job_overrides, first=initial_job_idx)

@@ -117,7 +117,7 @@ def run_hydra(config_name: str, task: Callable[[DictConfig], object]) -> None:
     register_resolvers()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here whole, and here they are sorted
     if config_name == "train":
-        from mrgen.launch.resuming import resumed
+        from mrgen.launch.sweeps.resuming import resumed
 
         sys.argv[1:] = resumed(sys.argv[1:])
     hydra.main(config_path=str(CONF_DIR), config_name=config_name, version_base="1.3")(task)()

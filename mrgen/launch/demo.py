@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from mrgen.launch.app import register_resolvers
-from mrgen.launch.evaluating import evaluate
+from mrgen.launch.judging.evaluating import evaluate
 from mrgen.launch.paths import CONF_DIR
 from mrgen.launch.preparing import prepare
 from mrgen.launch.status import has_begun

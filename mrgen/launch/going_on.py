@@ -20,8 +20,8 @@ from mrgen.callbacks.preemption import RESUME
 from mrgen.callbacks.provenance import KEY
 from mrgen.errors import UserError
 from mrgen.launch.instantiate import plain
-from mrgen.launch.resuming import is_free
 from mrgen.launch.status import is_alive, read_status
+from mrgen.launch.sweeps.resuming import is_free
 from mrgen.launch.writing import remove_leftovers
 
 __all__ = ["SameStart", "Saved", "check_config", "is_finished", "newest", "only_here"]

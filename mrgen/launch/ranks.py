@@ -26,9 +26,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from mrgen.errors import UserError
 from mrgen.launch import app
-from mrgen.launch.resuming import saved_config, settled
-from mrgen.launch.slurm import step_tasks
+from mrgen.launch.cluster.slurm import step_tasks
 from mrgen.launch.status import is_alive, read_status, write_json
+from mrgen.launch.sweeps.resuming import saved_config, settled
 
 __all__ = [
     "check_ranks",

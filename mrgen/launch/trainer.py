@@ -18,8 +18,8 @@ from mrgen.callbacks.early_stopping import check_logged
 from mrgen.callbacks.overfitting import SameBatches
 from mrgen.errors import UserError
 from mrgen.launch.checkpoints import WholeCheckpoints
+from mrgen.launch.cluster.slurm import cluster_environment
 from mrgen.launch.instantiate import instantiate, plain
-from mrgen.launch.slurm import cluster_environment
 
 __all__ = ["FAST", "Checkpoint", "build_trainer", "channels_last", "check_epochs", "choose_precision", "why_stopped"]
 

@@ -19,11 +19,11 @@ from mrgen.data.guides import load_guides, save_guides
 from mrgen.data.slices import SiteSlices
 from mrgen.data.store import Store, read_cohort
 from mrgen.errors import UserError
+from mrgen.launch.cluster.slurm import requeue
 from mrgen.launch.csv_logger import CsvLogger
 from mrgen.launch.fitting import ESTIMATOR, check, fit
 from mrgen.launch.going_on import SameStart, check_config, is_finished, newest, only_here
 from mrgen.launch.instantiate import instantiate, plain
-from mrgen.launch.slurm import requeue
 from mrgen.launch.status import Outcome, has_begun, recorded, write_json
 from mrgen.launch.tracking import loggers, source_commit
 from mrgen.launch.trainer import Checkpoint, build_trainer, channels_last, check_epochs, why_stopped

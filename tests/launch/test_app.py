@@ -14,7 +14,7 @@ import pytest
 from mrgen.errors import UserError
 from mrgen.launch import app
 from mrgen.launch.paths import CONF_DIR
-from mrgen.launch.resuming import resumed
+from mrgen.launch.sweeps.resuming import resumed
 from tests.launch.tools import TINY, Called, tiny_run
 
 Script = Callable[..., Called]

@@ -16,7 +16,7 @@ from mrgen.launch.runs import load_run
 from mrgen.launch.status import read_status
 from mrgen.launch.training import train
 from mrgen.papers.brain_clustering import BrainClustering, Constant, Pair
-from tests.launch.synthesizing_tools import A, copied, image, made, record
+from tests.launch.synthesis.synthesizing_tools import A, copied, image, made, record
 from tests.launch.tools import composed
 
 

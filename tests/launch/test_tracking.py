@@ -565,7 +565,7 @@ def test_results_in_tensorboard_and_in_nothing(results: Path, ended: list[int]):
 
 def test_mrgen_evaluate_shows_what_it_has_judged(mrgen: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
     shown: list[Path] = []
-    monkeypatch.setattr("mrgen.launch.evaluating.evaluate", lambda conf, folder: folder)
+    monkeypatch.setattr("mrgen.launch.judging.evaluating.evaluate", lambda conf, folder: folder)
     monkeypatch.setattr("mrgen.launch.tracking.track_results", lambda conf, folder: shown.append(folder))
     called = mrgen("evaluate", "experiment=rsnet/swap")
     assert called.code == 0, called.err

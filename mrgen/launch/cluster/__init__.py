@@ -1,0 +1,1 @@
+"""SLURM: what a trainer asks for, submission, and waiting for jobs."""

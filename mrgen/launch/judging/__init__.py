@@ -1,0 +1,1 @@
+"""What ``mrgen-evaluate`` does with runs: one module a protocol."""

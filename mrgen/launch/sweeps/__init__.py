@@ -1,0 +1,1 @@
+"""Sweeps: their jobs, what has become of them, and going on with them."""

@@ -1,0 +1,1 @@
+"""What ``mrgen-synthesize`` does: cohorts from trained generators."""
