@@ -74,7 +74,7 @@ def test_nobody_runs_as_root(target):
 
 def test_make_docker_builds_both_targets():
     make = tool("make")
-    asked = ["-n", "docker", "TORCH_INDEX=https://cpu", "ARGUMENTS=--pull"]
+    asked = ["-n", "--no-print-directory", "docker", "TORCH_INDEX=https://cpu", "ARGUMENTS=--pull"]
     planned = subprocess.run([make, *asked], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     cpu, gpu = planned.splitlines()
 

@@ -57,7 +57,7 @@ model.expand=2 model.lr=2e-3 model.label_share=0.5 model.weights.reconstruction=
 model.weights.lesion2=0.5 model.weights.g1_adversarial=0.3 model.weights.g1_category=1 model.weights.g2_adversarial=1
 model.weights.g2_category=1 model.weights.background_reconstructed=10 model.weights.background_translated=10
 model.weights.background_synthetic=10 data.batch_size=2 data.steps_per_epoch=100 trainer.max_epochs=22"
-export segmenter="data.sampling.step=1 trainer.max_epochs=24 model.constant_epochs=12 model.decay_epochs=12 model.lr=1e-3
+export segmenter="data.sampling.step=1 trainer.max_epochs=36 model.constant_epochs=18 model.decay_epochs=18 model.lr=4e-3
 model.net.filters=16 model.net.downs=4"
 
 train() { # FOLDER COHORT SETTING...

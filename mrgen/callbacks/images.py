@@ -116,9 +116,12 @@ class Images(Callback):
             self.failed = True
             print(f"images: none from here on ({type(error).__name__}: {error}); the training goes on", flush=True)
             return
+        step = (
+            trainer.fit_loop.epoch_loop._batches_that_stepped - 1
+        )  # of the last batch, where the epoch's metrics stand
         for logger in trainer.loggers:
             if hasattr(logger, "log_picture"):
-                logger.log_picture("images", path, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+                logger.log_picture("images", path, step=step)
 
     def _grid(self, datamodule: CohortDataModule, model: LightningModule) -> "_Grid | None":
         kinds = (DrawsMaps, Generator, FromMaps, Synthesizer, Segmenter)

@@ -64,15 +64,14 @@ def fit(
     estimator.fit(pairs())
     validation = [datamodule.store.subjects[id] for id in datamodule.split.val]
     errors = [_errors(estimator, subject, names, datamodule.lookup) for subject in validation]
+    if errors:
+        known = {key: [error[key] for error in errors if np.isfinite(error[key])] for key in errors[0]}
+        means = {f"val/{key}": float(np.mean(values)) for key, values in known.items() if values}
+        for logger in loggers:
+            logger.log_metrics({"epoch": 0, "val/loss": means["val/mse_brain"], **means}, 0)
+            logger.save()
     write_json(run_dir / DESCRIPTION, description)
-    estimator.save(run_dir / ESTIMATOR.parent)
-    if not errors:
-        return
-    known = {key: [error[key] for error in errors if np.isfinite(error[key])] for key in errors[0]}
-    means = {key: float(np.mean(values)) for key, values in known.items() if values}
-    for logger in loggers:
-        logger.log_metrics({"epoch": 0, "val/loss": means["mse_brain"], **{f"val/{k}": v for k, v in means.items()}}, 0)
-        logger.save()
+    estimator.save(run_dir / ESTIMATOR.parent)  # the last: a run that has it has finished
 
 
 def _errors(estimator: Estimator, subject: StoredSubject, names: Sequence[str], lookup: np.ndarray) -> dict[str, float]:

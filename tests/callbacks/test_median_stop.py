@@ -138,7 +138,7 @@ def test_a_resumed_run_knows_its_best(sweep: Path):
 @pytest.mark.parametrize("cls", [MedianStop, EarlyStopping])
 def test_without_a_monitor_that_can_be_followed_a_run_is_refused(cls: type):
     def setup(monitor: str | None, val: Sequence[str], stages: int = 1) -> None:
-        trainer = SimpleNamespace(datamodule=SimpleNamespace(split=SimpleNamespace(val=val)))
+        trainer = SimpleNamespace(datamodule=SimpleNamespace(split=SimpleNamespace(val=val)), limit_val_batches=1.0)
         cls(monitor).setup(trainer, SimpleNamespace(stages=stages, val_means={"loss": 0, "dice": 0}), "fit")
 
     name = "early_stopping" if cls is EarlyStopping else "median_stop"

@@ -90,6 +90,7 @@ def test_codes_begin_with_the_deviation_that_was_asked_for():
 
 
 def test_a_decoder_begins_where_most_pixels_are():
+    torch.manual_seed(0)
     code = torch.rand(4, 16, 16, 16)
     images, classes = (ImageDecoder(16, channels, width=2)(code) for channels in (1, 3))
     assert images.mean() < 0.35
