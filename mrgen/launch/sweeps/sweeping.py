@@ -139,7 +139,7 @@ def _add(sweep_dir: Path, jobs: Sequence[Job]) -> None:
     write_jobs(sweep_dir, [replace(job, slurm_id=ids.get(job.number)) for job in jobs])
 
 
-def _runs_here(sweep_dir: Path, number: int) -> None:
+def _taken_from_slurm(sweep_dir: Path, number: int) -> None:
     """Whatever SLURM once knew of it."""
     own = [job for job in read_jobs(sweep_dir) if job.number == number and job.slurm_id is not None]
     if own:
@@ -186,7 +186,7 @@ def kept(task: Callable[[DictConfig], float | None]) -> Callable[[DictConfig], f
         run_dir = Path(hydra.runtime.output_dir)
         try:
             if not conf.plan:
-                _runs_here(Path(hydra.sweep.dir), hydra.job.num)
+                _taken_from_slurm(Path(hydra.sweep.dir), hydra.job.num)
                 own = own_overrides(read_jobs(Path(hydra.sweep.dir))).get(hydra.job.num, [])
                 print(" ".join([f"job {hydra.job.num} ({conf.name}):", *own]), flush=True)
             value = task(conf)
