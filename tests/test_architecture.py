@@ -20,15 +20,23 @@ METHOD_PARTS = ("mrgen.nets", "mrgen.losses", "mrgen.metrics", "mrgen.protocols"
 MAY_IMPORT: dict[str, tuple[str, ...] | None] = {
     "mrgen": (),
     "mrgen.errors": (),
+    "mrgen.files": ("mrgen.errors",),
     "mrgen.nets": ("mrgen.nets",),
     "mrgen.losses": ("mrgen.losses",),
     "mrgen.metrics": ("mrgen.metrics",),
     "mrgen.protocols": (),
-    "mrgen.data": ("mrgen.data", "mrgen.protocols", "mrgen.errors"),
-    "mrgen.papers": (*METHOD_PARTS, "mrgen.data.batch", "mrgen.errors"),  # and itself: see violations()
-    "mrgen.segmenter": (*METHOD_PARTS, "mrgen.data.batch", "mrgen.errors"),
-    "mrgen.evaluation": (*METHOD_PARTS, "mrgen.data", "mrgen.evaluation", "mrgen.errors"),
-    "mrgen.callbacks": (*METHOD_PARTS, "mrgen.data", "mrgen.evaluation", "mrgen.callbacks", "mrgen.errors"),
+    "mrgen.data": ("mrgen.data", "mrgen.protocols", "mrgen.errors", "mrgen.files"),
+    "mrgen.papers": (*METHOD_PARTS, "mrgen.data.batch", "mrgen.errors", "mrgen.files"),  # and itself: see violations()
+    "mrgen.segmenter": (*METHOD_PARTS, "mrgen.data.batch", "mrgen.errors", "mrgen.files"),
+    "mrgen.evaluation": (*METHOD_PARTS, "mrgen.data", "mrgen.evaluation", "mrgen.errors", "mrgen.files"),
+    "mrgen.callbacks": (
+        *METHOD_PARTS,
+        "mrgen.data",
+        "mrgen.evaluation",
+        "mrgen.callbacks",
+        "mrgen.errors",
+        "mrgen.files",
+    ),
     "mrgen.launch": None,
     **{name: ("mrgen.launch", "mrgen.errors") for name in ENTRY_POINTS},
 }

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
-from mrgen.launch.writing import replacing
+from mrgen.files import replacing
 
 __all__ = ["WholeCheckpoints"]
 

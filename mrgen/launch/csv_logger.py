@@ -13,7 +13,7 @@ from typing import Any
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from mrgen.launch.writing import replacing
+from mrgen.files import replacing
 
 __all__ = ["CsvLogger", "read_metrics"]
 

@@ -14,7 +14,7 @@ from mrgen.data.store import StoredSubject
 from mrgen.data.stored_subject import BRAIN, IMAGE
 from mrgen.errors import UserError
 from mrgen.evaluation.unit_scale import rescaled, unit_errors
-from mrgen.launch.status import write_json
+from mrgen.files import write_json
 from mrgen.papers.brain_clustering import Location, Pair
 from mrgen.papers.brain_clustering.estimator import TABLE, Estimator
 from mrgen.protocols import Synthesis

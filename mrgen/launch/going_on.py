@@ -19,10 +19,10 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from mrgen.callbacks.preemption import RESUME
 from mrgen.callbacks.provenance import KEY
 from mrgen.errors import UserError
+from mrgen.files import remove_leftovers
 from mrgen.launch.instantiate import plain
 from mrgen.launch.status import is_alive, read_status
 from mrgen.launch.sweeps.resuming import is_free
-from mrgen.launch.writing import remove_leftovers
 
 __all__ = ["SameStart", "Saved", "check_config", "is_finished", "newest", "only_here"]
 

@@ -25,9 +25,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from mrgen.errors import UserError
+from mrgen.files import write_json
 from mrgen.launch import app
 from mrgen.launch.cluster.slurm import step_tasks
-from mrgen.launch.status import is_alive, read_status, write_json
+from mrgen.launch.status import is_alive, read_status
 from mrgen.launch.sweeps.resuming import saved_config, settled
 
 __all__ = [

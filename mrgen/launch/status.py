@@ -12,18 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from mrgen.errors import Preempted, UserError
-from mrgen.launch.writing import replacing
+from mrgen.files import write_json
 
-__all__ = ["Outcome", "has_begun", "is_alive", "read_status", "recorded", "runs_here", "write_json"]
+__all__ = ["Outcome", "has_begun", "is_alive", "read_status", "recorded", "runs_here"]
 
 LEARNED = ("checkpoints/last.ckpt", "checkpoints/resume.ckpt", "estimator/estimator.json")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes a whole file or none."""
-    text = json.dumps(content, indent=2) + "\n"
-    with replacing(path) as file:
-        file.write(text.encode())
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:

@@ -19,15 +19,15 @@ from mrgen.data.guides import load_guides, save_guides
 from mrgen.data.slices import SiteSlices
 from mrgen.data.store import Store, read_cohort
 from mrgen.errors import UserError
+from mrgen.files import replacing, write_json
 from mrgen.launch.cluster.slurm import requeue
 from mrgen.launch.csv_logger import CsvLogger
 from mrgen.launch.fitting import ESTIMATOR, check, fit
 from mrgen.launch.going_on import SameStart, check_config, is_finished, newest, only_here
 from mrgen.launch.instantiate import instantiate, plain
-from mrgen.launch.status import Outcome, has_begun, recorded, write_json
+from mrgen.launch.status import Outcome, has_begun, recorded
 from mrgen.launch.tracking import loggers, source_commit
 from mrgen.launch.trainer import Checkpoint, build_trainer, channels_last, check_epochs, why_stopped
-from mrgen.launch.writing import replacing
 from mrgen.papers.brain_clustering.estimator import Estimator
 
 __all__ = ["build_datamodule", "checked_seed", "fill_from_store", "train"]

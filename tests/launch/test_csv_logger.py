@@ -73,7 +73,7 @@ def test_a_reader_never_sees_half_a_file(logger: CsvLogger, monkeypatch: pytest.
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mrgen.launch.writing.os.replace", killed)
+    monkeypatch.setattr("mrgen.files.os.replace", killed)
     logger.log_metrics({"loss": 2.0}, step=1)
     with pytest.raises(KeyboardInterrupt):
         logger.save()

@@ -20,8 +20,9 @@ from omegaconf import OmegaConf
 
 from mrgen.callbacks.provenance import KEY
 from mrgen.errors import UserError
+from mrgen.files import write_json
 from mrgen.launch import app, ranks
-from mrgen.launch.status import read_status, write_json
+from mrgen.launch.status import read_status
 from mrgen.launch.sweeps.resuming import quoted
 from tests.launch.test_training import checkpoint, differences
 from tests.launch.tools import TINY, Called, composed

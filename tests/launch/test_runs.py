@@ -10,8 +10,8 @@ import torch
 
 from mrgen.callbacks.provenance import KEY
 from mrgen.errors import UserError
+from mrgen.files import write_json
 from mrgen.launch.runs import load_run
-from mrgen.launch.status import write_json
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from mrgen.errors import Preempted, UserError
-from mrgen.launch.status import has_begun, read_status, recorded, write_json
+from mrgen.files import write_json
+from mrgen.launch.status import has_begun, read_status, recorded
 
 
 def test_running_then_finished(tmp_path: Path):

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mrgen.files import write_json
 from mrgen.launch.cluster.slurm import OVER, job_states
-from mrgen.launch.status import read_status, write_json
+from mrgen.launch.status import read_status
 from mrgen.launch.sweeps.jobs import Job
 
 __all__ = ["LOGS", "conclude", "how_to_cancel", "wait"]

@@ -12,9 +12,10 @@ from typing import Any
 import yaml
 
 from mrgen.errors import UserError
+from mrgen.files import write_json
 from mrgen.launch.cluster.slurm import OVER, job_states
 from mrgen.launch.ranks import is_estimator
-from mrgen.launch.status import is_alive, read_status, write_json
+from mrgen.launch.status import is_alive, read_status
 from mrgen.launch.sweeps.resuming import MULTIRUN
 
 __all__ = [

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from mrgen.errors import UserError
+from mrgen.files import write_json
 from mrgen.launch.cluster import slurm
 from mrgen.launch.cluster.resources import Resources, check_partition, checked_settings, derive, partitions
 from mrgen.launch.cluster.submission import HELD_BACK
 from mrgen.launch.cluster.waiting import conclude, wait
-from mrgen.launch.status import read_status, write_json
+from mrgen.launch.status import read_status
 from mrgen.launch.sweeps.jobs import Job
 from tests.launch.tools import Called, composed
 

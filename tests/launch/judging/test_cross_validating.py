@@ -10,8 +10,8 @@ import torch
 from mrgen.data.splits import Split
 from mrgen.data.store import Store
 from mrgen.errors import UserError
+from mrgen.files import write_json
 from mrgen.launch.judging.cross_validating import cross_validate
-from mrgen.launch.status import write_json
 from mrgen.launch.training import train
 from tests.launch.tools import CPU, composed
 

@@ -24,10 +24,11 @@ from omegaconf import DictConfig
 from mrgen.callbacks.provenance import KEY
 from mrgen.data.splits import Split
 from mrgen.errors import UserError
+from mrgen.files import write_json
 from mrgen.launch import going_on, training
 from mrgen.launch.csv_logger import read_metrics
 from mrgen.launch.going_on import SameStart, Saved, check_config, is_finished, newest, only_here
-from mrgen.launch.status import is_alive, read_status, write_json
+from mrgen.launch.status import is_alive, read_status
 from mrgen.launch.training import fill_from_store, train
 from mrgen.papers.rsnet import RSNet
 from tests.launch.test_training import differences

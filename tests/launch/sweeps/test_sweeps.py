@@ -17,7 +17,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from mrgen.errors import UserError
-from mrgen.launch.status import read_status, write_json
+from mrgen.files import write_json
+from mrgen.launch.status import read_status
 from mrgen.launch.sweeps import jobs as sweeps
 from mrgen.launch.sweeps.jobs import Job, objective, read_jobs, sweep_status, write_jobs
 from mrgen.launch.sweeps.resuming import resumed
