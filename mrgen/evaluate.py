@@ -12,6 +12,9 @@ def task(conf: DictConfig) -> None:
 
     from hydra.core.hydra_config import HydraConfig
 
+    from mrgen.launch.build import trust
+
+    trust(conf.trust)
     if conf.evaluation is None and conf.sweep:
         from mrgen.launch.sweeps.jobs import view
 

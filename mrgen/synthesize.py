@@ -9,8 +9,10 @@ def task(conf: DictConfig) -> None:
     """Synthesises every subject below the input, or generates a cohort; exit code 1 where some were left out."""
     import sys
 
+    from mrgen.launch.build import trust
     from mrgen.launch.synthesis.synthesizing import synthesize
 
+    trust(conf.trust)
     if synthesize(conf):
         sys.exit(1)
 

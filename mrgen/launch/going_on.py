@@ -13,13 +13,14 @@ from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from mrgen.callbacks.preemption import RESUME
 from mrgen.callbacks.provenance import KEY
 from mrgen.errors import UserError
 from mrgen.files import remove_leftovers
+from mrgen.launch.build import read_config
 from mrgen.launch.instantiate import plain
 from mrgen.launch.status import is_alive, read_status
 from mrgen.launch.sweeps.resuming import is_free
@@ -116,9 +117,7 @@ def _earlier(run_dir: Path) -> DictConfig | None:
     path = run_dir / "config.yaml"
     if not path.is_file():
         return None
-    conf = OmegaConf.load(path)
-    assert isinstance(conf, DictConfig)
-    return conf
+    return read_config(path)
 
 
 def check_config(conf: DictConfig, run_dir: Path) -> None:

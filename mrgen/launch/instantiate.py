@@ -4,7 +4,7 @@ import collections.abc
 import inspect
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mrgen.errors import UserError
 
-__all__ = ["instantiate", "instantiate_mrgen", "plain"]
+__all__ = ["check_arguments", "instantiate", "plain"]
 
 
 def plain(conf: Any) -> Any:
@@ -44,39 +44,6 @@ def instantiate(conf: DictConfig | Mapping[str, Any], **extra: Any) -> Any:
         if isinstance(cause, (ValueError, TypeError)):  # the constructor's own check
             raise UserError(f"{conf['_target_']}: {cause}") from error
         raise
-
-
-def instantiate_mrgen(conf: Mapping[str, Any], **extra: Any) -> Any:
-    """Like ``instantiate`` for what a checkpoint says: anything outside ``mrgen.`` is refused."""
-
-    def check(node: Any) -> None:
-        if isinstance(node, Mapping):
-            target = node.get("_target_")
-            if "_target_" in node and not _is_ours(target):
-                raise UserError(
-                    f"the checkpoint asks for {target!r}; only mrgen's own classes are built from a checkpoint"
-                )
-            for value in node.values():
-                check(value)
-        elif isinstance(node, Sequence) and not isinstance(node, str):
-            for value in node:
-                check(value)
-
-    check(plain(conf))
-    return instantiate(conf, **extra)
-
-
-def _is_ours(target: Any) -> bool:
-    """Whether a target is a class that mrgen defines.
-
-    Its name alone does not tell: ``mrgen.launch.app.os.system`` begins with ours as well.
-    """
-    if not isinstance(target, str) or not target.startswith("mrgen."):
-        return False
-    try:
-        return get_class(target).__module__.startswith("mrgen.")
-    except Exception:  # no class, or nothing of that name
-        return False
 
 
 def _check_types(target: str, called: Any, given: Mapping[str, Any]) -> None:
@@ -125,6 +92,29 @@ def _fits(value: Any, hint: Any) -> bool:
     return not (hint is Path and not isinstance(value, str | Path))
 
 
+def check_arguments(target: str, called: Any, given: Mapping[str, Any]) -> None:
+    """Compares arguments with a signature.
+
+    Args:
+        target: the name of ``called``, for messages.
+        called: a class or a function.
+        given: plain values by name.
+
+    Raises:
+        UserError: a name that it does not have, or a value of another type than its annotation's.
+    """
+    try:
+        parameters = inspect.signature(called).parameters
+    except ValueError:  # some of Python's own types have none to show
+        return
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    _check_types(target, called, given)
+    valid = [name for name in parameters if name != "self"]
+    if unknown := [key for key in given if key not in valid]:
+        raise UserError(f"{target} has no {', '.join(unknown)}; valid keys: {', '.join(valid)}")
+
+
 def _check(node: Any) -> None:
     """Compares the keys of every ``_target_`` below ``node`` with the target's signature."""
     if isinstance(node, Mapping):
@@ -134,18 +124,8 @@ def _check(node: Any) -> None:
                 called = get_class(target) if target.rpartition(".")[2][:1].isupper() else get_method(target)
             except Exception as error:
                 raise UserError(f"_target_ {target} cannot be imported: {error}") from error
-            try:
-                parameters = inspect.signature(called).parameters
-            except ValueError:  # some of Python's own types have none to show
-                parameters = None
-            if parameters is not None and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-                valid = [name for name in parameters if name != "self"]
-                given = [
-                    key for key in node if key not in ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
-                ]
-                _check_types(target, called, {key: node[key] for key in given})
-                if unknown := [key for key in given if key not in valid]:
-                    raise UserError(f"{target} has no {', '.join(unknown)}; valid keys: {', '.join(valid)}")
+            given = [key for key in node if key not in ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")]
+            check_arguments(target, called, {key: node[key] for key in given})
         for value in node.values():
             _check(value)
     elif isinstance(node, list):

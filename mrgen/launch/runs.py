@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import get_class
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from mrgen.callbacks.provenance import KEY
@@ -20,8 +19,9 @@ from mrgen.data.slices import SiteSlices
 from mrgen.data.splits import Split
 from mrgen.errors import UserError
 from mrgen.evaluation.inference import WholeSynthesizer
+from mrgen.launch.build import MODELS, NORMALISATIONS, SAMPLINGS, build, read_config
 from mrgen.launch.fitting import DESCRIPTION, ESTIMATOR
-from mrgen.launch.instantiate import instantiate_mrgen, plain
+from mrgen.launch.instantiate import plain
 from mrgen.launch.status import read_status
 from mrgen.launch.trainer import channels_last
 from mrgen.protocols import Synthesizer
@@ -69,12 +69,14 @@ class Run:
     @property
     def slices(self) -> SiteSlices | None:
         """How the network was shown the slices of a site; None where it was shown something else."""
-        return instantiate_mrgen(self.conf.data.sampling) if self._sampling.endswith(".SiteSlices") else None
+        if not self._sampling.endswith(".SiteSlices"):
+            return None
+        return build(self.conf.data.sampling, SAMPLINGS, where=self.path / "config.yaml")
 
     @property
     def normalisation(self) -> Normalisation:
         """Of its training."""
-        return instantiate_mrgen(self.description["data"]["normalisation"])
+        return build(self.description["data"]["normalisation"], NORMALISATIONS, where=self.checkpoint)
 
     @property
     def guides(self) -> dict[str, Guide]:
@@ -154,7 +156,7 @@ class Run:
         said = ", ".join(f"{key}={n}" for key, n in asked.items())
         if lacking := [key for key in asked if not hasattr(self.model, key)]:
             raise UserError(f"{said}: {self.conf.name} has no {lacking[0]} and draws no samples; leave it out")
-        as_asked = instantiate_mrgen({**self.description["model"], **asked})
+        as_asked = build({**self.description["model"], **asked}, MODELS, where=self.checkpoint)
         if asked.get("mc_samples") and not as_asked.mc_samples:
             raise UserError(f"{said}: {self.conf.name} was trained without dropout; leave it out")
         for key in asked:
@@ -191,8 +193,7 @@ def load_run(path: str | Path) -> Run:
                 f"{folder}: no {needed}; expected the folder that mrgen-train wrote around {checkpoint.name}"
             )
     model, description = (_load_estimator if checkpoint.name == ESTIMATOR.name else _load_network)(checkpoint, folder)
-    conf = OmegaConf.load(folder / "config.yaml")
-    assert isinstance(conf, DictConfig)
+    conf = read_config(folder / "config.yaml")
     return Run(folder, checkpoint, model, description, conf, Split.load(folder / "split.json"))
 
 
@@ -203,7 +204,7 @@ def _load_network(checkpoint: Path, folder: Path) -> tuple[Any, dict[str, Any]]:
         built, _ = description["model"], description["data"]
     except Exception as error:  # corrupt, truncated, foreign, or holding more than plain containers
         raise UserError(f"{checkpoint}: cannot be read as a checkpoint of mrgen ({type(error).__name__})") from error
-    model = instantiate_mrgen(built)
+    model = build(built, MODELS, where=checkpoint)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:  # of another version of the network
@@ -220,6 +221,4 @@ def _load_estimator(artefact: Path, folder: Path) -> tuple[Any, dict[str, Any]]:
         raise UserError(
             f"{folder / DESCRIPTION}: cannot be read ({error}); expected what mrgen-train wrote beside {artefact}"
         ) from error
-    instantiate_mrgen(built)  # refuses whatever is not ours
-    estimator: Any = get_class(built["_target_"])
-    return estimator.load(artefact.parent), description
+    return type(build(built, MODELS, where=folder / DESCRIPTION)).load(artefact.parent), description

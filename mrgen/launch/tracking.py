@@ -82,12 +82,16 @@ def source_commit() -> str | None:
     """The git commit of mrgen's source, with ``-dirty`` where it was changed; None where it is in no repository."""
     import subprocess
 
-    git = ["git", "-C", str(Path(__file__).parent)]
+    # The repository may be another's, in which mrgen is only installed: it may neither run programs nor hooks, and what
+    # the environment says of a repository is of another one.
+    git = ["git", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", "-C", str(Path(__file__).parent)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    run = partial(subprocess.run, capture_output=True, check=True, timeout=20, env=environment)
     known = ["ls-files", "--error-unmatch", Path(__file__).name]  # a wheel may be installed inside another repository
     try:
-        subprocess.run([*git, *known], capture_output=True, check=True, timeout=20)
+        run([*git, *known])
         describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(describe, capture_output=True, check=True, timeout=20, text=True).stdout.strip() or None
+        return run(describe, text=True).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -156,7 +160,8 @@ def _wandb(conf: DictConfig, folder: Path, mode: str, **settings: Any) -> Guarde
             resume="allow",
             mode=mode,  # type: ignore[arg-type]
             reinit="create_new",  # leaves alone whatever else the process tracks
-            settings=wandb.Settings(silent=True, console="off", init_timeout=START),
+            # Without git, which would run what the repository of the working folder says; environment.json has ours.
+            settings=wandb.Settings(silent=True, console="off", init_timeout=START, disable_git=True),
             **settings,
         )
         run.define_metric("trainer/global_step")

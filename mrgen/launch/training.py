@@ -20,6 +20,7 @@ from mrgen.data.slices import SiteSlices
 from mrgen.data.store import Store, read_cohort
 from mrgen.errors import UserError
 from mrgen.files import replacing, write_json
+from mrgen.launch.build import check_data
 from mrgen.launch.cluster.slurm import requeue
 from mrgen.launch.csv_logger import CsvLogger
 from mrgen.launch.fitting import ESTIMATOR, check, fit
@@ -46,6 +47,7 @@ def fill_from_store(conf: DictConfig) -> None:
             "output=STORE of a generator's run, or set data.store"
         )
     store = Store(Path(conf.data.store))
+    check_data([store.layout.to_conf(), list(store.modalities)], store.path / "cohort.json")  # lest they are resolved
     with open_dict(conf.data):
         conf.data.layout = store.layout.numbered(conf.data.labels).to_conf()
         if conf.data.modalities is None:

@@ -7,7 +7,7 @@ from mrgen.data.normalisation import Gaussian
 from mrgen.data.slices import AxialSlice, SiteSlices
 from mrgen.data.store import Store, write_cohort, write_subject
 from mrgen.errors import UserError
-from mrgen.launch.instantiate import instantiate_mrgen
+from mrgen.launch.instantiate import instantiate
 from mrgen.launch.paths import CONF_DIR
 from tests.launch.tools import composed
 
@@ -87,7 +87,7 @@ SCANS = {"Utrecht": (240, 240, 48), "Singapore": (232, 256, 48), "GE3T": (132, 2
 @pytest.fixture(scope="module")
 def li():
     """The preset's."""
-    return instantiate_mrgen(OmegaConf.load(CONF_DIR / "data" / "sampling" / "site_slices.yaml"))
+    return instantiate(OmegaConf.load(CONF_DIR / "data" / "sampling" / "site_slices.yaml"))
 
 
 def test_utrecht_and_singapore_are_cut_around_the_middle(li):
@@ -213,7 +213,7 @@ def test_training_may_show_every_so_many_slices():
 
 
 def axial50(name):
-    return instantiate_mrgen(composed("train", f"data/sampling={name}").data.sampling)
+    return instantiate(composed("train", f"data/sampling={name}").data.sampling)
 
 
 @pytest.mark.parametrize("name", ["axial50", "axial50_cropped"])

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
+from omegaconf import OmegaConf
 
 from mrgen.errors import UserError
 from mrgen.launch import app
@@ -84,7 +86,7 @@ def test_a_composed_config_can_be_looked_at(mrgen: Script, tmp_path: Path):
     [
         ("train", [PRESET, "model.filter=4"], "valid keys: _target_, modalities, target, classes"),
         ("train", [PRESET, "trainer.max_epoch=4"], "valid keys: accelerator, devices"),
-        ("train", [PRESET, "trget=t1"], "valid keys: .*seed, monitor, resume, callbacks, trainer, launch, plan"),
+        ("train", [PRESET, "trget=t1"], "valid keys: .*seed, monitor, resume, trust, callbacks, trainer, launch, plan"),
         ("train", [PRESET, "+model.filter=4"], "mrgen.papers.rsnet.RSNet has no filter; valid keys: .*filters, levels"),
         (
             "train",
@@ -298,7 +300,11 @@ def test_a_folder_that_cannot_be_made_is_named(mrgen: Script, tmp_path: Path):
 
 def test_resume_reads_the_runs_own_config(rsnet_run: Path):
     arguments = resumed(["trainer.max_epochs=7", f"resume={rsnet_run}"])
-    assert arguments[:4] == ["--config-path", str(rsnet_run), "--config-name", "config"]
+    config_dir = Path(arguments[1])
+    assert arguments[:4] == ["--config-path", str(config_dir), "--config-name", "config"]
+    assert config_dir.stat().st_mode & 0o077 == 0  # a copy that nobody else can change once it was checked
+    saved = OmegaConf.load(config_dir / "config.yaml")
+    assert saved == OmegaConf.merge(OmegaConf.load(rsnet_run / "config.yaml"), {"trust": []})
     assert f"hydra.run.dir='{rsnet_run}'" in arguments
     assert arguments[-1] == "trainer.max_epochs=7"
 
@@ -318,6 +324,74 @@ def test_resuming_what_is_no_run_is_refused(mrgen: Script, tmp_path: Path):
 def test_a_resumed_run_keeps_its_groups(rsnet_run: Path):
     with pytest.raises(UserError, match=r"tracking=csv: a resumed run keeps its tracking; only what"):
         resumed([f"resume={rsnet_run}", "tracking=csv"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("hydra: {{callbacks: {{x: {{_target_: os.system, command: touch {victim}}}}}}}", "found the key hydra"),
+        ("hydra: {{searchpath: ['file://{victim}']}}", "found the key hydra"),
+        ("defaults: ['/{victim}']", "found the key defaults"),
+        ("callbacks: {{x: {{_target_: os.system, command: touch {victim}}}}}", "asks for 'os.system'"),
+        ("monitor: '${{oc.create:{{_target_:os.system,command:x}}}}'", "expected values"),
+        ("monitor: '${{oc.env:HOME}}'", "expected values"),
+        ("trainer: {{strategy: {{_target_: os.system, command: touch {victim}}}}}", "asks for 'os.system'"),
+        ("data: {{normalisation: {{_target_: numpy.load, file: {victim}}}}}", "asks for 'numpy.load'"),
+        ("model: {{_target_: mrgen.data.store.remove_subject, store: x, id: y}}", "asks for 'mrgen.data.store"),
+    ],
+)
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_resumed_folder_says_what_is_trained_and_runs_nothing(
+    mrgen: Script, rsnet_run: Path, tmp_path: Path, change: str, said: str, hidden: bool
+):
+    """In the config that training resolved, and in Hydra's, of a run that had not come as far."""
+    run_dir, victim = shutil.copytree(rsnet_run, tmp_path / "run"), tmp_path / "victim"
+    config = run_dir / "config.yaml"
+    changed = OmegaConf.merge(OmegaConf.load(config), {})
+    content = OmegaConf.to_container(changed)
+    for key, value in yaml.safe_load(change.format(victim=victim)).items():
+        content[key] = {**content[key], **value} if isinstance(content.get(key), dict) else value  # type: ignore
+    config.write_text(yaml.safe_dump(content))
+    if hidden:
+        (run_dir / ".hydra").mkdir(exist_ok=True)
+        config.rename(run_dir / ".hydra" / "config.yaml")
+        shutil.rmtree(run_dir / "checkpoints")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    called = mrgen("train", f"resume={run_dir}", "trainer.max_epochs=2")
+    assert called.code == 1
+    assert said in called.message
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["status.json", "metrics.csv", "checkpoints/resume.ckpt", "images", ".hydra"])
+def test_a_link_in_a_resumed_folder_is_refused(mrgen: Script, rsnet_run: Path, tmp_path: Path, name: str):
+    run_dir, victim = shutil.copytree(rsnet_run, tmp_path / "run"), tmp_path / "victim"
+    victim.write_text("precious")
+    shutil.rmtree(run_dir / name, ignore_errors=True)
+    (run_dir / name).unlink(missing_ok=True)
+    (run_dir / name).symlink_to(victim)
+    called = mrgen("train", f"resume={run_dir}", "trainer.max_epochs=2")
+    assert called.code == 1
+    assert f"{run_dir / name}: found a link to {victim}, expected what mrgen-train wrote" in called.message
+    assert victim.read_text() == "precious"
+
+
+def test_a_target_of_ones_own_is_resumed_with_trust(mrgen: Script, rsnet_run: Path, tmp_path: Path):
+    """As what ``callbacks`` may be of Lightning's. The folder itself cannot ask for trust."""
+    run_dir = shutil.copytree(rsnet_run, tmp_path / "run")
+    conf = OmegaConf.load(run_dir / "config.yaml")
+    conf.callbacks = {"summary": {"_target_": "pytorch_lightning.callbacks.ModelSummary"}}
+    conf.trust = ["pytorch_lightning.callbacks"]
+    OmegaConf.save(conf, run_dir / "config.yaml")
+    called = mrgen("train", f"resume={run_dir}", "trainer.max_epochs=1")
+    assert "add trust=[pytorch_lightning.callbacks]: it is imported and called then" in called.message
+    called = mrgen("train", f"resume={run_dir}", "trainer.max_epochs=1", "trust=[pytorch_lightning.callbacks]")
+    assert called.code == 0, called.err
+
+
+@pytest.mark.parametrize("written", ["'{}'", '"{}"', "{}"])
+def test_a_quoted_folder_is_the_folder(rsnet_run: Path, written: str):
+    assert f"hydra.run.dir='{rsnet_run}'" in resumed([f"resume={written.format(rsnet_run)}"])
 
 
 def test_resume_goes_on_with_single_values_changed(mrgen: Script, tmp_path: Path, phantom_store: Path):

@@ -149,7 +149,7 @@ def test_a_checkpoint_that_asks_for_a_class_outside_mrgen_is_refused(run_dir: Pa
     touched = tmp_path / "touched"
     model = {"_target_": "os.system", "command": f"touch {touched}"}
     changed(run_dir / "checkpoints" / "best.ckpt", lambda content: content[KEY].update(model=model))
-    with pytest.raises(UserError, match=r"the checkpoint asks for 'os\.system'"):
+    with pytest.raises(UserError, match=r"best\.ckpt: asks for 'os\.system', which is none of the classes"):
         load_run(run_dir)
     assert not touched.exists()
 

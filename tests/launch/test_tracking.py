@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -161,6 +162,37 @@ def test_the_commit_is_that_of_the_source(tmp_path: Path, monkeypatch: pytest.Mo
     assert source_commit() is None
     monkeypatch.setenv("PATH", "")
     assert source_commit() is None
+
+
+def test_a_repository_around_the_source_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """mrgen may be installed inside of somebody else's; what the environment says of a repository is ignored."""
+    touched = tmp_path / "touched"
+    hook = tmp_path / "hook"
+    hook.write_text(f"#!/bin/sh\ntouch {touched}\n")
+    hook.chmod(0o755)
+    repository = tmp_path / "repository"
+    repository.mkdir()
+
+    def git(*arguments: str) -> None:
+        user = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        subprocess.run(["git", "-C", str(repository), *user, *arguments], check=True, capture_output=True)
+
+    git("init")
+    (repository / "tracking.py").write_text("")
+    git("add", "tracking.py")
+    git("commit", "-m", "one")
+    git("config", "core.fsmonitor", str(hook))
+    for name in ("post-index-change", "pre-commit", "post-checkout"):
+        (repository / ".git" / "hooks" / name).write_bytes(hook.read_bytes())
+        (repository / ".git" / "hooks" / name).chmod(0o755)
+    (repository / "tracking.py").write_text("changed")
+    monkeypatch.setattr(tracking, "__file__", str(repository / "tracking.py"))
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))
+    assert (source_commit() or "").endswith("-dirty")
+    assert not touched.exists()
+    monkeypatch.delenv("GIT_DIR")
+    git("status")  # it is a weapon, in other hands
+    assert touched.exists()
 
 
 # ----- a service in the tests' hands ---------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from mrgen.evaluation.cross_validation_numbers import cross_validation_summary
 from mrgen.evaluation.cross_validation_tables import cross_validation_tables
 from mrgen.evaluation.figures import SEQUENCES
 from mrgen.evaluation.table import write_rows
+from mrgen.launch.build import read_config
 from mrgen.launch.instantiate import plain
 from mrgen.launch.judging.evaluating import by_name, by_subjects, check_leaks, finished_runs, whole_volumes
 from mrgen.launch.runs import Run, load_run
@@ -192,7 +193,7 @@ def _unfinished(conf: DictConfig) -> dict[tuple[str, int], str]:
             )
             if said["state"] == "finished" or saved is None:
                 continue
-            found = plain(OmegaConf.load(saved))
+            found = plain(read_config(saved, interpolations=saved.parent.name == ".hydra"))
             reason = f": {said['reason']}" if "reason" in said else ""
             told[(str(found["name"]), int(found.get("fold", 0)))] = f" ({run.name} is {said['state']}{reason})"
     return told

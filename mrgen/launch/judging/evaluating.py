@@ -16,7 +16,6 @@ from mrgen.data.store import Store
 from mrgen.errors import UserError
 from mrgen.evaluation.inference import WholeSegmenter
 from mrgen.evaluation.swap import REAL, Swap
-from mrgen.launch.instantiate import instantiate_mrgen
 from mrgen.launch.judging.reporting import Judged, check, report
 from mrgen.launch.runs import Run, load_run
 from mrgen.launch.status import is_alive, read_status
@@ -179,7 +178,7 @@ def _swap(datamodule: CohortDataModule, segmenter: Run | None, runs: Mapping[str
 
     def normalisation(run: Run) -> Normalisation:
         settings = run.description["data"]["normalisation"]
-        return made.setdefault(str(sorted(settings.items())), instantiate_mrgen(settings))
+        return made.setdefault(str(sorted(settings.items())), run.normalisation)
 
     judges = {} if segmenter is None else {REAL: segmenter}
     return Swap(
@@ -286,7 +285,7 @@ def _notes(
     notes += [f"{name}: {_named_file(run)}" for name, run in named.items()]
     everyone = [*([segmenter] if segmenter else []), *named.values()]
     if segmenter:
-        scale = instantiate_mrgen(segmenter.description["data"]["normalisation"]).scale
+        scale = segmenter.normalisation.scale
         other = [name for name, run in named.items() if run.model.scale != scale]
         if other:
             notes.append(f"Normalised anew, by their own statistics, for the segmenter ({scale}): {', '.join(other)}.")

@@ -1,21 +1,42 @@
-"""``resume=FOLDER``: what was started there once is started again, of a run or of a whole sweep."""
+"""``resume=FOLDER``: what was started there once is started again, of a run or of a whole sweep.
 
+The folder may be somebody else's. What it says of a run or a sweep is data (``mrgen.launch.build``); Hydra never looks
+for configs in it.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from mrgen.errors import UserError
+from mrgen.files import read_text
 from mrgen.launch.paths import CONF_DIR
 
-__all__ = ["MULTIRUN", "as_written", "is_free", "quoted", "resumed", "saved_config", "settled"]
+__all__ = ["MULTIRUN", "as_written", "is_free", "quoted", "refuse_links", "resumed", "saved_config", "settled"]
 
 MULTIRUN = "multirun.yaml"
 # What may be another when a run goes on, because it changes nothing of what the weights will be, or only how long they
 # are trained. All below a key is meant as well.
 FREE = (
-    *("callbacks.images", "data.root", "data.store", "data.workers", "launch", "name", "plan", "resume", "tracking"),
+    *(
+        "callbacks.images",
+        "data.root",
+        "data.store",
+        "data.workers",
+        "launch",
+        "name",
+        "plan",
+        "resume",
+        "tracking",
+        "trust",
+    ),
     *("trainer.accelerator", "trainer.enable_progress_bar", "trainer.log_every_n_steps"),
     *("trainer.max_epochs", "trainer.max_time"),
 )
@@ -75,24 +96,30 @@ def resumed(arguments: Sequence[str]) -> list[str]:
         Arguments for Hydra; those of before where nothing is resumed.
 
     Raises:
-        UserError: nothing of mrgen-train in the folder, or other arguments that would make it another run or sweep.
+        UserError: nothing of mrgen-train in the folder, a config that is more than data, or other arguments that would
+            make it another run or sweep.
     """
     folders = [a.partition("=")[2] for a in arguments if a.startswith("resume=")]
     if not folders or folders[-1] in ("", "null") or "--config-path" in arguments:
         return [*arguments]  # the last: a process of a run whose arguments are these already
-    folder = Path(folders[-1]).expanduser().resolve()
+    # Imported here: of the commands that do not resume it would be half of the time until they answer.
+    from mrgen.launch.build import read_config, trust
+
+    folder = Path(_unquoted(folders[-1])).expanduser().resolve()
     others = [a for a in arguments if not a.startswith("resume=")]
+    trust(_trusted(others))
+    refuse_links(folder)
     if (folder / MULTIRUN).is_file():
         return _resumed_sweep(folder, others)
-    # The run writes config.yaml once its store was found; Hydra's copy is there from the start.
+    # The run writes config.yaml once its store was found; Hydra's copy, not resolved, is there from the start.
     saved = next((place for place in (folder, folder / ".hydra") if (place / "config.yaml").is_file()), None)
     if saved is None:
         raise UserError(
-            f"resume={folders[-1]}: no config.yaml or {MULTIRUN} there; expected the folder of a run or a sweep of "
+            f"resume={folder}: no config.yaml or {MULTIRUN} there; expected the folder of a run or a sweep of "
             "mrgen-train"
         )
     if {"-m", "--multirun"} & set(arguments):
-        raise UserError(f"resume={folders[-1]} goes on with one run; leave -m out")
+        raise UserError(f"resume={folder} goes on with one run; leave -m out")
     for argument in others:
         name = argument.partition("=")[0].lstrip("+~").partition("@")[0]
         if "=" in argument and (CONF_DIR / name).is_dir():
@@ -100,38 +127,125 @@ def resumed(arguments: Sequence[str]) -> list[str]:
                 f"{argument}: a resumed run keeps its {name}; only what leaves its weights alone can be changed, and "
                 "trainer.max_epochs"
             )
-    return [*saved_config(saved, folder), f"resume={quoted(folder)}", *others]
+    conf = read_config(saved / "config.yaml", interpolations=saved != folder)
+    conf["trust"] = []  # is said by who resumes, not by the folder
+    copy = Path(tempfile.mkdtemp(prefix="mrgen-resume-"))  # which nobody else can write to
+    atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    OmegaConf.save(conf, copy / "config.yaml")
+    return [*saved_config(copy, folder), f"resume={quoted(folder)}", *others]
+
+
+def _unquoted(text: str) -> str:
+    """A path without the quotes that Hydra's grammar asks for around some."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1].replace("\\" + text[0], text[0])
+    return text
+
+
+def _trusted(arguments: Sequence[str]) -> Any:
+    """The value of ``trust=…`` on the command line."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    given = [a for a in arguments if a.startswith("trust=")]
+    return OverridesParser.create().parse_override(given[-1]).value() if given else []
+
+
+def refuse_links(folder: Path) -> None:
+    """Raises UserError where a link lies in a folder that is to be written to: what it points to is somebody else's.
+
+    Those that W&B puts into its own folder are left alone; it replaces them.
+    """
+    for parent, folders, files in os.walk(folder):
+        for name in (".", *folders, *files):
+            if (path := Path(parent, name)).is_symlink():
+                raise UserError(
+                    f"{path}: found a link to {os.readlink(path)}, expected what mrgen-train wrote; put back what it "
+                    "stands for, or remove it"
+                )
+        folders[:] = [name for name in folders if name != "wandb"]
 
 
 def _resumed_sweep(folder: Path, others: Sequence[str]) -> list[str]:
     """The same sweep in the same folder, each of whose jobs goes on with its own."""
     from mrgen.launch.sweeps.jobs import read_jobs
+    from mrgen.launch.sweeps.saved_arguments import check_arguments
 
     read_jobs(folder)  # raises UserError for a sweep of an earlier version, whose runs can be resumed one by one
-    content: Any = OmegaConf.load(folder / MULTIRUN)
-    hydra = content.hydra
-    sweeper = hydra.sweeper
-    if "sampler" in sweeper and "seed" in (sweeper.sampler or {}) and sweeper.sampler.seed is None:
+    content = _read_multirun(folder / MULTIRUN)
+    if content.sampler.get("seed", 0) is None:
         raise UserError(
             f"resume={folder}: its trials were drawn without a seed and cannot be drawn again; resume its runs one by "
             "one, and set hydra.sweeper.sampler.seed for the next sweep"
         )
+    options, others = _split(others)
+    new = {a.partition("=")[0] for a in others}
     once = [
         argument
-        for argument in dict.fromkeys(as_written(hydra.overrides.hydra) + as_written(hydra.overrides.task))
-        if not argument.startswith(("resume=", "plan=", "hydra.sweep.dir=", "hydra.mode="))
+        for argument in dict.fromkeys(content.overrides)
+        if not argument.startswith(("resume=", "plan=", "trust=", "hydra.sweep.dir=", "hydra.mode="))
     ]
+    check_arguments([a for a in once if a.partition("=")[0] not in new], folder / MULTIRUN)
+    for path in content.config_dirs:
+        if path not in {str(Path(option).expanduser().resolve()) for option in options}:
+            raise UserError(
+                f"resume={folder}: the sweep was started with configs of a folder, which decide what runs and are not "
+                f"taken from here; if they are yours, add --config-dir {path}"
+            )
     _check_sweep(folder, once, others)
-    new = {a.partition("=")[0] for a in others}
-    extra = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
     return [
-        *(argument for path in extra for argument in ("--config-dir", path)),
+        *(argument for path in options for argument in ("--config-dir", path)),
         "--multirun",
         *(a for a in once if a.partition("=")[0] not in new),
         *(a for a in others if a not in ("-m", "--multirun")),
         f"hydra.sweep.dir={quoted(folder)}",
         "resume=${hydra:runtime.output_dir}",
     ]
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The folders behind ``--config-dir`` or ``-cd``, and all other arguments."""
+    options, others, rest = [], [], iter(arguments)
+    for argument in rest:
+        if argument in ("--config-dir", "-cd"):
+            options.append(next(rest, ""))
+        elif argument.startswith("--config-dir="):
+            options.append(argument.partition("=")[2])
+        else:
+            others.append(argument)
+    return options, others
+
+
+@dataclass(frozen=True)
+class _Multirun:
+    """What counts of a sweep's ``multirun.yaml``.
+
+    Attributes:
+        overrides: what the sweep was started with.
+        config_dirs: further folders of configs.
+        sampler: what draws the jobs of a search.
+    """
+
+    overrides: list[str]
+    config_dirs: list[str]
+    sampler: dict[str, Any]
+
+
+def _read_multirun(path: Path) -> _Multirun:
+    import yaml
+
+    remedy = "restore the file, or resume the sweep's runs one by one"
+    try:
+        # As data: its interpolations are Hydra's business, and are not resolved.
+        hydra = yaml.safe_load(read_text(path, expected="the config of a sweep", remedy=remedy))["hydra"]
+        overrides = [*hydra["overrides"]["hydra"], *hydra["overrides"]["task"]]
+        sources = hydra["runtime"]["config_sources"]
+        dirs = [source["path"] for source in sources if source["provider"] == "command-line"]
+        if all(isinstance(text, str) for text in (*overrides, *dirs)):
+            return _Multirun(overrides, dirs, dict(hydra["sweeper"].get("sampler") or {}))
+        found = "values of another type"
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        found = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    raise UserError(f"{path}: cannot be read as the config of a sweep ({found}); {remedy}")
 
 
 def _check_sweep(folder: Path, once: Sequence[str], others: Sequence[str]) -> None:

@@ -19,12 +19,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mrgen.errors import UserError
 from mrgen.launch import app
+from mrgen.launch.build import check_data
+from mrgen.launch.instantiate import plain
 from mrgen.launch.ranks import is_rank, record_failure
 from mrgen.launch.status import has_begun, read_status, runs_here
 from mrgen.launch.sweeps.jobs import SWEEP, Job, advise, own_overrides, read_jobs, show, sweep_status, write_jobs
-from mrgen.launch.sweeps.resuming import MULTIRUN, as_written, settled
+from mrgen.launch.sweeps.resuming import MULTIRUN, as_written, refuse_links, settled
 
-__all__ = ["JobList", "check_objective", "kept", "table_at_the_end"]
+__all__ = ["JobList", "NoLinks", "check_objective", "kept", "table_at_the_end"]
 
 
 @dataclass
@@ -56,6 +58,7 @@ class JobList(Callback):
                     f"{folder} holds a finished or interrupted run; give another folder, or go on with resume={folder}"
                 )
             folder.mkdir(parents=True, exist_ok=True)
+            refuse_links(folder / ".hydra")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Composes every job, so that one with a wrong name is refused before the first trains."""
@@ -67,6 +70,7 @@ class JobList(Callback):
             folder = Path(config.hydra.sweep.dir).absolute()
             _check_folder(config, folder)
             folder.mkdir(parents=True, exist_ok=True)
+            refuse_links(folder)
             OmegaConf.save(config, folder / MULTIRUN)  # only the basic sweeper does
             _add(folder, jobs)
         _sweep.folder = folder
@@ -80,6 +84,10 @@ class JobList(Callback):
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Adds a job that was drawn just now, and completes its config."""
         if config.hydra.mode == RunMode.MULTIRUN and not config.plan:
+            own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+            if config.resume:  # of which the folder said what is trained
+                with _refused():
+                    check_data(plain(own), Path(config.hydra.sweep.dir, MULTIRUN))
             sweep_dir = Path(config.hydra.sweep.dir).absolute()
             folder = os.path.relpath(config.hydra.runtime.output_dir, sweep_dir)
             job = _job(config, config.hydra.job.num, as_written(config.hydra.overrides.task), folder)
@@ -87,8 +95,18 @@ class JobList(Callback):
             if job not in [replace(known, slurm_id=None) for known in read_jobs(sweep_dir)]:
                 _add(sweep_dir, [job])
             if hidden := config.hydra.output_subdir:  # from where other processes start the job
-                own = settled(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
-                OmegaConf.save(own, Path(config.hydra.runtime.output_dir, hidden, "config.yaml"))
+                OmegaConf.save(settled(own), Path(config.hydra.runtime.output_dir, hidden, "config.yaml"))
+
+
+class NoLinks(Callback):
+    """Hydra's callback that keeps Hydra from writing its configs through links, in a folder that somebody else made."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Ends the process where such a link is."""
+        if config.hydra.output_subdir is not None:
+            with _refused():
+                HydraConfig.instance().set_config(config)
+                refuse_links(Path(config.hydra.run.dir).absolute() / config.hydra.output_subdir)
 
 
 @contextmanager

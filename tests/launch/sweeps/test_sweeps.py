@@ -264,7 +264,7 @@ def test_what_a_single_run_or_this_machine_cannot_do_is_not_ignored(
 
 
 def test_a_sweep_is_resumed_in_its_folder_with_its_jobs(mrgen: Script, tmp_path: Path):
-    """By a preset of the user's own, which is found again."""
+    """By a preset of the user's own, in a folder that has to be named again: what lies there decides what runs."""
     extra = tmp_path / "mine" / "experiment"
     extra.mkdir(parents=True)
     preset = "# @package _global_\nname: mine\nhydra: {sweeper: {params: {target: 't1,wrong'}}}\n"
@@ -273,8 +273,10 @@ def test_a_sweep_is_resumed_in_its_folder_with_its_jobs(mrgen: Script, tmp_path:
     folder = only_sweep(tmp_path)
     jobs = read_jobs(folder)
     shutil.rmtree(folder / "0_mine")  # never started
+    assert f"add --config-dir {extra.parent}" in mrgen("train", f"resume={folder}").message
     for _ in range(2):  # and once more
-        called = mrgen("train", f"resume={folder}", "trainer.max_epochs=7", "model.lr=0.5")
+        own = ("--config-dir", str(extra.parent))
+        called = mrgen("train", f"resume={folder}", *own, "trainer.max_epochs=7", "model.lr=0.5")
         assert called.code == 1
         assert only_sweep(tmp_path) == folder
         assert [job.folder for job in read_jobs(folder)] == [job.folder for job in jobs]
@@ -323,7 +325,9 @@ def test_arguments_that_would_make_another_sweep_are_refused(
 def test_trials_that_were_drawn_without_a_seed_cannot_be_drawn_again(mrgen: Script, tmp_path: Path):
     folder = tmp_path / "sweep"
     write_jobs(folder, [])
-    (folder / "multirun.yaml").write_text("hydra: {sweeper: {sampler: {seed: null}}}\n")
+    (folder / "multirun.yaml").write_text(
+        "hydra: {sweeper: {sampler: {seed: null}}, runtime: {config_sources: []}, overrides: {hydra: [], task: []}}\n"
+    )
     assert "drawn without a seed and cannot be drawn again" in mrgen("train", f"resume={folder}").message
 
 
