@@ -224,7 +224,7 @@ def read_config(path: Path, *, interpolations: bool = False) -> DictConfig:
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
         message = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: cannot be read as the config of a run ({message}); {remedy}") from None
-    if not isinstance(conf, DictConfig) or not {"name", "model", "data"} <= {*content}:
+    if not isinstance(conf, DictConfig) or not isinstance(content, dict) or not {"name", "model", "data"} <= {*content}:
         raise UserError(f"{path}: found no name, model and data, expected the config of a run; {remedy}")
     for key in ("hydra", "defaults"):  # launchers, callbacks, other configs
         if key in content:
