@@ -1,17 +1,16 @@
 """Ends a run of a sweep that lags behind its siblings."""
 
-import csv
-import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from mrgen.callbacks.early_stopping import check_monitor
 from mrgen.errors import UserError
+from mrgen.files import read_json, read_metrics, read_yaml
 
 __all__ = ["MedianStop", "best_until"]
 
@@ -24,10 +23,7 @@ def best_until(metrics: Path, monitor: str, epoch: int) -> float | None:
         monitor: name of the metric. Values that are no numbers (nan) count as infinite.
         epoch: from 0 on.
     """
-    if not metrics.is_file():
-        return None
-    with metrics.open(newline="") as file:
-        rows = [(int(row["epoch"]), float(row[monitor])) for row in csv.DictReader(file) if row.get(monitor)]
+    rows = [(int(row["epoch"]), float(row[monitor])) for row in read_metrics(metrics) if row.get(monitor)]
     if not rows or rows[-1][0] < epoch:
         return None
     return min((value for at, value in rows if at <= epoch and not math.isnan(value)), default=math.inf)
@@ -85,8 +81,11 @@ class MedianStop(Callback):
         """Why the run is to be ended after this epoch."""
         if epoch < self.warmup:
             return None
-        reached = [best_until(sibling / "metrics.csv", self.monitor, epoch) for sibling in self._siblings(run_dir)]
-        bests = [best for best in reached if best is not None]
+        bests = []
+        for sibling in self._siblings(run_dir):
+            with suppress(UserError):  # a damaged file of another run is no reason to end this one
+                if (best := best_until(sibling / "metrics.csv", self.monitor, epoch)) is not None:
+                    bests.append(best)
         if len(bests) < self.siblings or self.best <= median(bests):
             return None
         return (
@@ -100,16 +99,26 @@ class MedianStop(Callback):
             return []  # runs of one name that have nothing else to do with each other
         others = [path.parent for path in sorted(sweep.glob("*/metrics.csv")) if path.parent.name != run_dir.name]
         own = self._question(run_dir)
-        return [other for other in others if self._question(other) == own]
+        return [] if own is None else [other for other in others if self._question(other) == own]
 
     def _question(self, run_dir: Path) -> Any:
-        """What runs must agree in to be compared. Written once in every run's folder, before its first metrics."""
+        """What runs must agree in to be compared; None where its files are damaged.
+
+        Written once in every run's folder, before its first metrics.
+        """
         if run_dir not in self._questions:
-            conf = yaml.safe_load((run_dir / "config.yaml").read_text())
-            data = {key: conf["data"][key] for key in ("labels", "normalisation")}
-            val = json.loads((run_dir / "split.json").read_text())["val"]
-            self._questions[run_dir] = (conf["monitor"], sorted(val), data, _without_numbers(conf["model"]))
+            self._questions[run_dir] = _asked(run_dir)
         return self._questions[run_dir]
+
+
+def _asked(run_dir: Path) -> Any:
+    with suppress(UserError, KeyError, TypeError):
+        told: dict[str, str] = {"expected": "what a run wrote of itself", "remedy": "put back a copy that is whole"}
+        conf = read_yaml(run_dir / "config.yaml", **told)
+        data = {key: conf["data"][key] for key in ("labels", "normalisation")}
+        val = read_json(run_dir / "split.json", **told)["val"]
+        return conf["monitor"], sorted(val), data, _without_numbers(conf["model"])
+    return None
 
 
 def _without_numbers(node: Any) -> Any:

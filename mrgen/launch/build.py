@@ -1,4 +1,4 @@
-"""Objects and configs from what a file says: it is data, whoever wrote it, and never a program.
+"""Objects from what a file says: it is data, whoever wrote it, and never a program.
 
 A checkpoint, an estimator's description and the config of a run's folder name classes by ``_target_``. Hydra would
 import and call whatever stands there, and resolve ``${…}`` inside of it. Here nothing is resolved, and only those
@@ -14,12 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from mrgen.errors import UserError
-from mrgen.files import read_text
 from mrgen.launch.instantiate import check_arguments, plain
 
 __all__ = [
@@ -30,7 +25,6 @@ __all__ = [
     "TRANSFORMS",
     "build",
     "check_data",
-    "read_config",
     "trust",
 ]
 
@@ -57,7 +51,6 @@ TORCHIO = frozenset(
 # Resolvers that compute from the config alone, or name one of mrgen's own folders.
 RESOLVER = re.compile(r"\$\{((float|hydra|now|row|synthetic_store|token):|oc\.env:MRGEN_(RUNS|STORES|COHORTS)\b)")
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
-LARGEST = 10_000_000  # bytes of a config; those of today have some thousand
 
 _trusted: list[str] = []
 
@@ -199,35 +192,3 @@ def _is_listed(found: type) -> bool:
     if _below(found.__module__, MODELS):
         return issubclass(found, nn.Module | Estimator)
     return _below(found.__module__, LISTED)
-
-
-def read_config(path: Path, *, interpolations: bool = False) -> DictConfig:
-    """A config that was saved in the folder of a run, as data.
-
-    Args:
-        path: of the YAML file.
-        interpolations: see ``check_data``; of a config that was saved before it was resolved.
-
-    Raises:
-        UserError: it cannot be read, or says more than data.
-    """
-    remedy = "restore the file, or train anew in another folder"
-    if path.is_file() and path.stat().st_size > LARGEST:
-        raise UserError(f"{path}: found {path.stat().st_size:,} bytes, expected the config of a run; {remedy}")
-    text = read_text(path, expected="the config of a run", remedy=remedy)
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=loader)):
-            raise UserError(f"{path}: found a YAML alias, which no config of a run has; {remedy}")
-        conf = OmegaConf.create(text)
-        content = OmegaConf.to_container(conf, resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
-        message = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: cannot be read as the config of a run ({message}); {remedy}") from None
-    if not isinstance(conf, DictConfig) or not isinstance(content, dict) or not {"name", "model", "data"} <= {*content}:
-        raise UserError(f"{path}: found no name, model and data, expected the config of a run; {remedy}")
-    for key in ("hydra", "defaults"):  # launchers, callbacks, other configs
-        if key in content:
-            raise UserError(f"{path}: found the key {key}, which the config of a run does not have; {remedy}")
-    check_data(content, path, interpolations=interpolations)
-    return conf

@@ -13,17 +13,9 @@ from typing import Any
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from mrgen.files import replacing
+from mrgen.files import read_metrics, replacing
 
-__all__ = ["CsvLogger", "read_metrics"]
-
-
-def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of a ``metrics.csv``; cells without a value are empty strings."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+__all__ = ["CsvLogger"]
 
 
 class CsvLogger(Logger):

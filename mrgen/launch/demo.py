@@ -15,7 +15,7 @@ from mrgen.launch.app import register_resolvers
 from mrgen.launch.judging.evaluating import evaluate
 from mrgen.launch.paths import CONF_DIR
 from mrgen.launch.preparing import prepare
-from mrgen.launch.status import has_begun
+from mrgen.launch.status import has_begun, read_status
 from mrgen.launch.training import train
 
 __all__ = ["demo"]
@@ -62,7 +62,7 @@ def demo(folder: Path, *, spacing: float = 3.0, subjects: int = 20, epochs: int 
     for name, target in [("snet", "t2"), *((method, target) for target in TARGETS for method in ("rsnet", "rnet"))]:
         run_dir = folder / "runs" / (name if name == "snet" else f"{name}-{target}")
         runs.append(run_dir)
-        if (run_dir / "status.json").is_file() and '"finished"' in (run_dir / "status.json").read_text():
+        if read_status(run_dir).get("state") == "finished":
             continue
         step(f"train: {run_dir.name}")
         run_dir.mkdir(parents=True, exist_ok=True)

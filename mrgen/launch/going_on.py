@@ -10,9 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile
 
-import torch
 from omegaconf import DictConfig
 from pytorch_lightning import Callback, LightningModule, Trainer
 
@@ -20,13 +18,18 @@ from mrgen.callbacks.preemption import RESUME
 from mrgen.callbacks.provenance import KEY
 from mrgen.errors import UserError
 from mrgen.files import remove_leftovers
-from mrgen.launch.build import read_config
+from mrgen.launch.checkpoints import read_checkpoint
+from mrgen.launch.configs import read_config
 from mrgen.launch.instantiate import plain
 from mrgen.launch.status import is_alive, read_status
 from mrgen.launch.sweeps.resuming import is_free
 
 __all__ = ["SameStart", "Saved", "check_config", "is_finished", "newest", "only_here"]
 
+REMEDY = (
+    "put back a copy that is whole, or remove the file: the run goes on from the other one in that folder, or starts "
+    "over"
+)
 WAIT = 10.0  # seconds: loaders of a process that was killed live on for half of it, and hold its lock
 
 
@@ -76,22 +79,29 @@ def newest(run_dir: Path) -> Saved | None:
         path = run_dir / "checkpoints" / name
         if not path.is_file():
             continue
-        try:
-            with ZipFile(path) as archive:  # torch does not look at the sums that it wrote
-                if archive.testzip():
-                    raise BadZipFile
-            content = torch.load(path, weights_only=True, map_location="cpu")
-            steps = int(content["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"])
-        except Exception as error:  # corrupt, truncated, or holding more than plain containers
-            raise UserError(
-                f"{path}: cannot be read as a checkpoint of mrgen ({type(error).__name__}); put back a copy that is "
-                "whole, or remove the file: the run goes on from the other one in that folder, or starts over"
-            ) from error
+        content = read_checkpoint(path, remedy=REMEDY)
+        steps = _steps(content)
+        if steps is None:
+            raise UserError(f"{path}: found no state of a training in it, expected a {name} of mrgen-train; {REMEDY}")
         # At the end of an epoch the batches are counted; in the middle of one the last of them is not yet.
         step = steps if name == RESUME else steps - 1
         if found is None or step > found.step:
             found = Saved(path, content, step)
     return found
+
+
+def _steps(content: Mapping[str, Any]) -> int | None:
+    """Batches that a checkpoint has seen; None where it does not say all that a training goes on from."""
+    try:
+        loop = content["loops"]["fit_loop"]
+        stepped = loop["epoch_loop.state_dict"]["_batches_that_stepped"]
+        numbers = [stepped, loop["epoch_progress"]["current"]["processed"], content["epoch"], content["global_step"]]
+        lists = [content["optimizer_states"], content["lr_schedulers"]]
+        mappings = [content["callbacks"], content[KEY].get("training", {})]
+    except (KeyError, TypeError, AttributeError):
+        return None
+    kinds = ((numbers, int), (lists, list), (mappings, Mapping))
+    return stepped if all(isinstance(value, kind) for values, kind in kinds for value in values) else None
 
 
 class SameStart(Callback):
@@ -193,7 +203,7 @@ def only_here(run_dir: Path, *, enabled: bool = True) -> Iterator[None]:
     folder = os.open(run_dir, os.O_RDONLY)
     try:
         _lock(folder, run_dir)
-        remove_leftovers(run_dir, run_dir / "checkpoints")
+        remove_leftovers(run_dir, *(run_dir / name for name in ("checkpoints", "estimator", "images")))
         yield
     finally:
         with suppress(OSError):  # children that were forked have it open too

@@ -28,7 +28,7 @@ from mrgen.errors import UserError
 from mrgen.files import write_json
 from mrgen.launch import app
 from mrgen.launch.cluster.slurm import step_tasks
-from mrgen.launch.status import is_alive, read_status
+from mrgen.launch.status import UNREADABLE, is_alive, seen_status
 from mrgen.launch.sweeps.resuming import saved_config, settled
 
 __all__ = [
@@ -257,7 +257,7 @@ def _end(processes: Sequence[subprocess.Popen[bytes]], by: signal.Signals, secon
 
 def _is_preempted(run_dir: Path, processes: Sequence[subprocess.Popen[bytes]]) -> bool:
     """Whether these ranks, and not those of an earlier start, saved and ended because they were told to."""
-    status = read_status(run_dir)
+    status = seen_status(run_dir)
     return status.get("state") == "preempted" and status.get("pid") in {process.pid for process in processes}
 
 
@@ -309,9 +309,9 @@ def _end_of(code: int) -> str:
 
 def record_failure(run_dir: Path, reason: str) -> None:
     """What the first rank could not know, or had no time to write; not where another process trains the run."""
-    status = read_status(run_dir)
+    status = seen_status(run_dir)
     state, own = status.get("state"), status.get("pid") == os.getpid()
-    if state in ("finished", "preempted") or (state == "running" and not own and is_alive(status)):
+    if state in ("finished", "preempted", UNREADABLE) or (state == "running" and not own and is_alive(status)):
         return
     with suppress(UserError, OSError):  # the disk is full, which may be the reason
         write_json(run_dir / "status.json", {**status, "state": "failed", "reason": reason})

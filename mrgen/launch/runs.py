@@ -1,13 +1,11 @@
 """Finished runs, read back: the model as it was trained, its data config and its split."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 from torch import nn
 
@@ -19,14 +17,19 @@ from mrgen.data.slices import SiteSlices
 from mrgen.data.splits import Split
 from mrgen.errors import UserError
 from mrgen.evaluation.inference import WholeSynthesizer
-from mrgen.launch.build import MODELS, NORMALISATIONS, SAMPLINGS, build, read_config
+from mrgen.files import read_json
+from mrgen.launch.build import MODELS, NORMALISATIONS, SAMPLINGS, build
+from mrgen.launch.checkpoints import check_description, read_checkpoint
+from mrgen.launch.configs import read_config
 from mrgen.launch.fitting import DESCRIPTION, ESTIMATOR
 from mrgen.launch.instantiate import plain
-from mrgen.launch.status import read_status
+from mrgen.launch.status import read_status, seen_status
 from mrgen.launch.trainer import channels_last
 from mrgen.protocols import Synthesizer
 
 __all__ = ["Run", "load_run"]
+
+REMEDY = "put back a copy that is whole, give another checkpoint of the run, or train anew"
 
 
 @dataclass(frozen=True)
@@ -179,12 +182,12 @@ def load_run(path: str | Path) -> Run:
         candidates = [path / "checkpoints" / "best.ckpt", path / "checkpoints" / "last.ckpt", path / ESTIMATOR]
         checkpoint = next((file for file in candidates if file.is_file()), None)
         if checkpoint is None:
-            status = read_status(path)
+            status = seen_status(path)
             reason = f": {status['reason']}" if "reason" in status else ""
             said = f"its status is {status['state']}{reason}" if status else "it is no run folder"
             raise UserError(f"{path}: no checkpoints/best.ckpt or last.ckpt and no {ESTIMATOR}; {said}")
     elif path.is_file():
-        checkpoint, folder = path, path.parents[1]
+        checkpoint, folder = path, path.parent.parent
     else:
         raise UserError(f"{path}: no such run folder or checkpoint")
     for needed in ("config.yaml", "split.json"):
@@ -192,19 +195,15 @@ def load_run(path: str | Path) -> Run:
             raise UserError(
                 f"{folder}: no {needed}; expected the folder that mrgen-train wrote around {checkpoint.name}"
             )
+    conf, split = read_config(folder / "config.yaml"), Split.load(folder / "split.json")
     model, description = (_load_estimator if checkpoint.name == ESTIMATOR.name else _load_network)(checkpoint, folder)
-    conf = read_config(folder / "config.yaml")
-    return Run(folder, checkpoint, model, description, conf, Split.load(folder / "split.json"))
+    return Run(folder, checkpoint, model, description, conf, split)
 
 
 def _load_network(checkpoint: Path, folder: Path) -> tuple[Any, dict[str, Any]]:
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        description, weights = content[KEY], content["state_dict"]
-        built, _ = description["model"], description["data"]
-    except Exception as error:  # corrupt, truncated, foreign, or holding more than plain containers
-        raise UserError(f"{checkpoint}: cannot be read as a checkpoint of mrgen ({type(error).__name__})") from error
-    model = build(built, MODELS, where=checkpoint)
+    content = read_checkpoint(checkpoint, remedy=REMEDY)
+    description, weights = content[KEY], content["state_dict"]
+    model = build(description["model"], MODELS, where=checkpoint)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:  # of another version of the network
@@ -214,11 +213,8 @@ def _load_network(checkpoint: Path, folder: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _load_estimator(artefact: Path, folder: Path) -> tuple[Any, dict[str, Any]]:
-    try:
-        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        built, _ = description["model"], description["data"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / DESCRIPTION}: cannot be read ({error}); expected what mrgen-train wrote beside {artefact}"
-        ) from error
-    return type(build(built, MODELS, where=folder / DESCRIPTION)).load(artefact.parent), description
+    path = folder / DESCRIPTION
+    expected, remedy = f"what mrgen-train wrote beside {artefact}", "put back a copy that is whole, or fit anew"
+    description = read_json(path, expected=expected, remedy=remedy)
+    check_description(description, path, remedy=remedy)
+    return type(build(description["model"], MODELS, where=path)).load(artefact.parent), description

@@ -1,6 +1,5 @@
 """What a run says of itself: ``status.json`` in its folder, running, finished, preempted, or failed with the reason."""
 
-import json
 import os
 import socket
 import time
@@ -12,17 +11,46 @@ from pathlib import Path
 from typing import Any
 
 from mrgen.errors import Preempted, UserError
-from mrgen.files import write_json
+from mrgen.files import read_json, write_json
 
-__all__ = ["Outcome", "has_begun", "is_alive", "read_status", "recorded", "runs_here"]
+__all__ = ["Outcome", "has_begun", "is_alive", "read_status", "recorded", "runs_here", "seen_status"]
 
+STATES = ("running", "finished", "preempted", "failed")
+UNREADABLE = "unreadable"
+KINDS = {"pid": int, "host": str, "started": str, "ended": str, "reason": str, "stopped": str}
 LEARNED = ("checkpoints/last.ckpt", "checkpoints/resume.ckpt", "estimator/estimator.json")
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
-    """The run's status; ``{}`` where there is none."""
+    """The run's status; ``{}`` where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
     path = run_dir / "status.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.exists():
+        return {}
+    expected = "what the run says of itself"
+    remedy = "remove the file, and resume the run: its checkpoints are what it goes on from"
+    status = read_json(path, expected=expected, remedy=remedy)
+    if not isinstance(status, dict):
+        found: str | None = f"a {type(status).__name__}"
+    elif status.get("state") not in STATES:
+        found = f"the state {str(status.get('state', 'none'))[:60]!r}"
+    else:
+        wrong = [key for key, kind in KINDS.items() if key in status and not isinstance(status[key], kind)]
+        found = f"{wrong[0]}: {str(status[wrong[0]])[:60]!r}" if wrong else None
+    if found is not None:
+        raise UserError(f"{path}: found {found}, expected {expected}; {remedy}")
+    return status
+
+
+def seen_status(run_dir: Path) -> dict[str, Any]:
+    """The same for who looks at many runs: a damaged one is in the state ``unreadable``, and has the reason."""
+    try:
+        return read_status(run_dir)
+    except UserError as error:
+        return {"state": UNREADABLE, "reason": str(error)}
 
 
 def has_begun(run_dir: Path) -> bool:

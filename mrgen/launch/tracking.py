@@ -5,7 +5,6 @@ The CSV is the source of truth. No service can end a training, or keep it waitin
 
 import configparser
 import csv
-import json
 import os
 import re
 import secrets
@@ -16,12 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from mrgen.errors import Preempted, UserError
+from mrgen.files import read_json, read_yaml
 from mrgen.launch.guarded import Guarded, within
 from mrgen.launch.instantiate import plain
 
@@ -53,10 +52,14 @@ def run_name(name: str, run_dir: Path) -> str:
     Returns:
         At most 128 characters, such as ``rsnet-t2 model.lr=0.001 seed=1``.
     """
-    overrides = _yaml(run_dir / ".hydra" / "overrides.yaml") or []
+    overrides = _yaml(run_dir / ".hydra" / "overrides.yaml")
+    overrides = overrides if isinstance(overrides, list) else []
     sweep = _sweep_dir(run_dir)
-    asked = _yaml(sweep / "multirun.yaml") if sweep else None
-    common = ((asked or {}).get("hydra", {}).get("overrides") or {}).get("task") or []
+    asked: Any = _yaml(sweep / "multirun.yaml") if sweep else None
+    try:
+        common = asked["hydra"]["overrides"]["task"] or []
+    except (KeyError, TypeError):
+        common = []
     silent = re.compile(rf"[+~]*({'|'.join(map(re.escape, UNNAMED))})([=.@/].*)?", re.DOTALL)
     told = [text for text in map(str, overrides) if not silent.fullmatch(text)]
     text = " ".join([name, *sorted(told, key=lambda override: override in common)])
@@ -75,7 +78,10 @@ def _sweep_dir(run_dir: Path) -> Path | None:
 
 
 def _yaml(path: Path) -> Any:
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """What a service is told of a run; nothing where it is not there, or damaged."""
+    with suppress(UserError):
+        return read_yaml(path, expected="what Hydra wrote", remedy="put back a copy that is whole")
+    return None
 
 
 def source_commit() -> str | None:
@@ -296,7 +302,8 @@ def loggers(conf: DictConfig, folder: Path, first: Sequence[Logger] = (), *, job
 
 def _told(folder: Path) -> dict[str, Any]:
     paths = {name: folder / f"{name}.json" for name in ("split", "environment")}
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.is_file()}
+    remedy = "put back a copy that is whole, or remove it"
+    return {name: read_json(path, expected="JSON", remedy=remedy) for name, path in paths.items() if path.is_file()}
 
 
 def track_results(conf: DictConfig, folder: Path) -> None:

@@ -153,8 +153,14 @@ def why_stopped(trainer: Any) -> str | None:
 class Checkpoint(ModelCheckpoint):
     """Lightning's, which forgets the best score when the run's folder is reached by another path than before.
 
-    A monitor that is not logged is refused before the first batch, and not after the first epoch.
+    A monitor that is not logged is refused before the first batch, and not after the first epoch. A value of it that is
+    not finite is never the best.
     """
+
+    def check_monitor_top_k(self, trainer: pl.Trainer, current: torch.Tensor | None = None) -> bool:
+        if current is not None and not bool(torch.isfinite(current)):
+            return False
+        return super().check_monitor_top_k(trainer, current)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.monitor is not None:

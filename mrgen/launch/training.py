@@ -12,6 +12,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from mrgen import __version__
 from mrgen.callbacks.determinism import SeedSteps
+from mrgen.callbacks.finite import FiniteLoss
 from mrgen.callbacks.preemption import Preemption
 from mrgen.callbacks.provenance import KEY, Provenance
 from mrgen.data.datamodule import CohortDataModule
@@ -180,9 +181,12 @@ def _train(conf: DictConfig, run_dir: Path, preemption: Preemption, outcome: Out
     if saved:  # the atlas of the subjects that it was trained on
         datamodule.guides = load_guides(guides, run_dir)
     step = saved.step if saved else -1
+    csv = CsvLogger(run_dir / "metrics.csv")
+    csv.go_on_from(step)
     checkpoints = run_dir / "checkpoints"
     callbacks: list[Callback] = [
         SameStart(step),
+        FiniteLoss(),
         SeedSteps(conf.seed),
         Provenance(description),
         LearningRateMonitor("epoch"),
@@ -211,8 +215,6 @@ def _train(conf: DictConfig, run_dir: Path, preemption: Preemption, outcome: Out
     if _is_first():  # only now: what was refused above must leave the folder as it was
         _keep_settings(conf, datamodule, run_dir)
         save_guides(learned, run_dir)
-    csv = CsvLogger(run_dir / "metrics.csv")
-    csv.go_on_from(step)
     path, saved = saved.path if saved else None, None  # its memory is wanted for the training
     with loggers(conf, run_dir, [csv]) as tracked:
         trainer.loggers = [DummyLogger()] if conf.trainer.get("fast_dev_run") else tracked

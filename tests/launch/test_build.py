@@ -1,7 +1,6 @@
 """What a file says is data: of the classes that it names only listed ones are built, and nothing in it is resolved."""
 
 import inspect
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 import torch
 import torchio
 import yaml
-from omegaconf import OmegaConf
 
 from mrgen.errors import UserError
 from mrgen.launch.build import (
@@ -24,14 +22,12 @@ from mrgen.launch.build import (
     TRANSFORMS,
     build,
     check_data,
-    read_config,
     trust,
 )
 from mrgen.launch.instantiate import instantiate
 from mrgen.launch.paths import CONF_DIR
 
 UNET = "mrgen.nets.unet3d.UNet3d"
-RUN = b"name: x\nmodel: {}\ndata: {}\n"
 ZSCORE = {"_target_": "mrgen.data.normalisation.ZScore"}
 
 
@@ -280,36 +276,3 @@ def test_trust_takes_names_of_modules(said: Any):
         said = [""]
     with pytest.raises((UserError, TypeError), match=r"expected modules of your own|not iterable"):
         trust(said)
-
-
-# ----- configs of folders --------------------------------------------------------------------------------------------
-
-
-def test_a_saved_config_comes_back(tmp_path: Path):
-    content = {"name": "x", "model": {"lr": 1e-05, "betas": [0.9, 0.999]}, "data": {"site": {"pattern": "^\\w+$"}}}
-    OmegaConf.save(OmegaConf.create(content), tmp_path / "config.yaml")
-    assert read_config(tmp_path / "config.yaml") == content
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        (b"", "found no name, model and data"),
-        (b"[1, 2]", "found no name"),
-        (b"just text", "found no name"),
-        (b"a: [", "cannot be read as the config of a run"),
-        (b"\xff\xfea\x00:\x00", "byte 0 is no UTF-8"),
-        (b"a: &x [1]\nb: *x\n", "found a YAML alias"),
-        (b"a: !!python/object/apply:os.system ['true']", "cannot be read as the config"),
-        (RUN + b"hydra: {callbacks: {x: {}}}", "found the key hydra"),
-        (RUN + b"defaults: [/evil]", "found the key defaults"),
-        (RUN + b"a: ${oc.env:HOME}", "expected values"),
-        (b"name: x\ndata: {}\nmodel: {_target_: os.system}", "asks for 'os.system'"),
-        (b"[" * 100_000, "cannot be read as the config"),
-    ],
-)
-def test_a_saved_config_that_is_more_or_less_than_data_is_a_sentence(tmp_path: Path, text: bytes, said: str):
-    path = tmp_path / "config.yaml"
-    path.write_bytes(text)
-    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: .*({said})"):
-        read_config(path)

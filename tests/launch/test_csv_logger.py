@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mrgen.launch.csv_logger import CsvLogger, read_metrics
+from mrgen.files import read_metrics
+from mrgen.launch.csv_logger import CsvLogger
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from mrgen.data.splits import Split
 from mrgen.data.store import Store
 from mrgen.errors import UserError
-from mrgen.launch.csv_logger import read_metrics
+from mrgen.files import read_metrics
 from mrgen.launch.runs import load_run
 from mrgen.launch.status import read_status
 from mrgen.launch.training import train

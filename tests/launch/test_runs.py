@@ -131,14 +131,14 @@ class Evil:
 )
 def test_what_is_no_checkpoint_of_mrgen_is_one_sentence(run_dir: Path, spoil: Callable[[Path], Any]):
     spoil(run_dir / "checkpoints" / "best.ckpt")
-    with pytest.raises(UserError, match=r"best.ckpt: cannot be read as a checkpoint of mrgen \(\w+\)$"):
+    with pytest.raises(UserError, match=r"best.ckpt: (cannot be read as|found a description).+; put back a copy"):
         load_run(run_dir)
 
 
 def test_a_checkpoint_that_would_need_unpickling_is_refused(run_dir: Path, tmp_path: Path):
     path, touched = run_dir / "checkpoints" / "best.ckpt", tmp_path / "touched"
     changed(path, lambda content: content.update(extra=Evil(f"touch {touched}")))
-    with pytest.raises(UserError, match=r"cannot be read as a checkpoint of mrgen \(UnpicklingError\)"):
+    with pytest.raises(UserError, match=r"cannot be read as a checkpoint of mrgen \(UnpicklingError"):
         load_run(run_dir)
     assert not touched.exists()
     torch.load(path, weights_only=False)  # it is a weapon, in other hands

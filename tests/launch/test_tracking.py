@@ -17,8 +17,9 @@ from omegaconf import DictConfig
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from mrgen.errors import Preempted, UserError
+from mrgen.files import read_metrics
 from mrgen.launch import guarded, tracking
-from mrgen.launch.csv_logger import CsvLogger, read_metrics
+from mrgen.launch.csv_logger import CsvLogger
 from mrgen.launch.guarded import within
 from mrgen.launch.status import read_status
 from mrgen.launch.tracking import loggers, run_group, run_name, source_commit, track_results, wandb_mode

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from mrgen.callbacks.compiling import CompileNetworks, networks
 from mrgen.errors import UserError
-from mrgen.launch.csv_logger import read_metrics
+from mrgen.files import read_metrics
 from mrgen.launch.instantiate import instantiate
 from mrgen.launch.paths import CONF_DIR
 from mrgen.launch.runs import load_run

@@ -22,8 +22,7 @@ from mrgen.data.layouts import Layout
 from mrgen.data.splits import Split
 from mrgen.data.store import Store
 from mrgen.errors import Preempted, UserError
-from mrgen.files import write_json
-from mrgen.launch.csv_logger import read_metrics
+from mrgen.files import read_metrics, write_json
 from mrgen.launch.runs import load_run
 from mrgen.launch.status import read_status
 from mrgen.launch.trainer import choose_precision

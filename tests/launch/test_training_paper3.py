@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mrgen.errors import Preempted, UserError
-from mrgen.launch.csv_logger import read_metrics
+from mrgen.files import read_metrics
 from mrgen.launch.runs import load_run
 from mrgen.launch.status import read_status
 from mrgen.launch.training import train

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from mrgen.data.layouts import Layout
 from mrgen.data.preparation import prepare_cohort
 from mrgen.errors import Preempted
-from mrgen.launch.csv_logger import read_metrics
+from mrgen.files import read_metrics
 from mrgen.launch.paths import CONF_DIR
 from mrgen.launch.runs import load_run
 from mrgen.launch.training import train

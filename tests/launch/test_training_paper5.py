@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mrgen.errors import UserError
-from mrgen.launch.csv_logger import read_metrics
+from mrgen.files import read_metrics
 from mrgen.launch.runs import load_run
 from mrgen.launch.training import train
 from tests.launch.test_training import checkpoint, differences

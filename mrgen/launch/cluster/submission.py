@@ -20,7 +20,7 @@ from mrgen.launch.app import Reported
 from mrgen.launch.cluster.resources import Resources, check_partition, checked_settings, derive, partitions, whole
 from mrgen.launch.cluster.slurm import ask, queue_states, run_rank
 from mrgen.launch.cluster.waiting import LOGS, conclude, how_to_cancel, wait
-from mrgen.launch.status import read_status
+from mrgen.launch.status import seen_status
 from mrgen.launch.sweeps.jobs import Job, objective, read_jobs, write_jobs
 
 __all__ = ["launch"]
@@ -80,7 +80,7 @@ def launch(
     sweep_dir = Path(config.hydra.sweep.dir).absolute()
     returns = [_make_folder(conf, hydra_context) for conf in jobs]
     entries = _not_over(sweep_dir, range(first, first + len(jobs)))
-    before = [read_status(sweep_dir / entry.folder) for entry in entries]
+    before = [seen_status(sweep_dir / entry.folder) for entry in entries]
     new = [
         place
         for place, (entry, result) in enumerate(zip(entries, returns, strict=True))
@@ -142,7 +142,7 @@ def _conclude(
     result.return_value = None if reason else objective(run_dir)
     # The basic sweeper asks for no value, and its table of the jobs tells of failures, but for that of a run which has
     # finished, and was to go on for more epochs.
-    told = reason is None or read_status(run_dir).get("state") == "failed"
+    told = reason is None or seen_status(run_dir).get("state") == "failed"
     if result.return_value is None and not (told and _is_basic(result.hydra_cfg)):
         result.status, result.return_value = JobStatus.FAILED, Reported(reason or "no value")
 

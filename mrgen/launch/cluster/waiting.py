@@ -8,7 +8,7 @@ from typing import Any
 
 from mrgen.files import write_json
 from mrgen.launch.cluster.slurm import OVER, job_states
-from mrgen.launch.status import read_status
+from mrgen.launch.status import seen_status
 from mrgen.launch.sweeps.jobs import Job
 
 __all__ = ["LOGS", "conclude", "how_to_cancel", "wait"]
@@ -68,10 +68,10 @@ def conclude(entry: Job, sweep_dir: Path, before: Mapping[str, Any], ended: str)
         Why it failed; None where it finished.
     """
     run_dir, job = sweep_dir / entry.folder, str(entry.slurm_id)
-    status, deadline = read_status(run_dir), time.monotonic() + SYNC
+    status, deadline = seen_status(run_dir), time.monotonic() + SYNC
     while ended == "COMPLETED" and status.get("state") not in ENDS and time.monotonic() < deadline:
         time.sleep(1)
-        status = read_status(run_dir)
+        status = seen_status(run_dir)
     # Else it is what an earlier job left.
     state = status.get("state") if status != before or ended == "COMPLETED" else None
     if state == "finished":

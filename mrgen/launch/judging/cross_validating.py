@@ -17,11 +17,11 @@ from mrgen.evaluation.cross_validation_numbers import cross_validation_summary
 from mrgen.evaluation.cross_validation_tables import cross_validation_tables
 from mrgen.evaluation.figures import SEQUENCES
 from mrgen.evaluation.table import write_rows
-from mrgen.launch.build import read_config
+from mrgen.launch.configs import find_config, read_config
 from mrgen.launch.instantiate import plain
 from mrgen.launch.judging.evaluating import by_name, by_subjects, check_leaks, finished_runs, whole_volumes
 from mrgen.launch.runs import Run, load_run
-from mrgen.launch.status import read_status
+from mrgen.launch.status import seen_status
 from mrgen.launch.trainer import build_trainer
 from mrgen.launch.training import checked_seed
 from mrgen.protocols import Segmenter
@@ -187,15 +187,17 @@ def _unfinished(conf: DictConfig) -> dict[tuple[str, int], str]:
     told = {}
     for sweep in sweeps:
         for status in sorted(Path(str(sweep)).expanduser().glob("*/status.json")):
-            said, run = read_status(status.parent), status.parent
-            saved = next(
-                (path for path in (run / "config.yaml", run / ".hydra" / "config.yaml") if path.is_file()), None
-            )
+            said, run = seen_status(status.parent), status.parent
+            saved = find_config(run)
             if said["state"] == "finished" or saved is None:
                 continue
-            found = plain(read_config(saved, interpolations=saved.parent.name == ".hydra"))
+            try:
+                found = plain(read_config(saved))
+            except UserError as error:
+                print(f"{run}: {error}", flush=True)
+                continue
             reason = f": {said['reason']}" if "reason" in said else ""
-            told[(str(found["name"]), int(found.get("fold", 0)))] = f" ({run.name} is {said['state']}{reason})"
+            told[(str(found["name"]), int(found.get("fold") or 0))] = f" ({run.name} is {said['state']}{reason})"
     return told
 
 

@@ -18,7 +18,7 @@ from mrgen.evaluation.inference import WholeSegmenter
 from mrgen.evaluation.swap import REAL, Swap
 from mrgen.launch.judging.reporting import Judged, check, report
 from mrgen.launch.runs import Run, load_run
-from mrgen.launch.status import is_alive, read_status
+from mrgen.launch.status import UNREADABLE, is_alive, seen_status
 from mrgen.launch.trainer import FAST, build_trainer
 from mrgen.launch.training import build_datamodule, checked_seed
 from mrgen.protocols import Segmenter, Synthesizer
@@ -133,7 +133,9 @@ def _of_sweep(folder: Path) -> list[Path]:
 
 
 def _state(run_dir: Path) -> str:
-    status = read_status(run_dir)
+    status = seen_status(run_dir)
+    if status["state"] == UNREADABLE:
+        return str(status["reason"])
     if status["state"] == "running" and not is_alive(status):
         return "lost"
     return "not trained" if str(status.get("stopped")).startswith(FAST) else status["state"]

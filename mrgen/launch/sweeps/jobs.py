@@ -1,21 +1,18 @@
 """A sweep's folder: which jobs it has (``sweep.json``), and what has become of them."""
 
-import csv
-import json
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mrgen.errors import UserError
-from mrgen.files import write_json
+from mrgen.files import read_json, read_metrics, read_yaml, write_json
 from mrgen.launch.cluster.slurm import OVER, job_states
+from mrgen.launch.configs import EXPECTED, REMEDY, find_config
 from mrgen.launch.ranks import is_estimator
-from mrgen.launch.status import is_alive, read_status
+from mrgen.launch.status import UNREADABLE, is_alive, seen_status
 from mrgen.launch.sweeps.resuming import MULTIRUN
 
 __all__ = [
@@ -32,6 +29,7 @@ __all__ = [
 ]
 
 SWEEP = "sweep.json"
+METRICS = "metrics.csv"
 LOST = "its process is gone and left no word"
 DASH = "–"
 
@@ -76,10 +74,28 @@ def read_jobs(sweep_dir: Path) -> list[Job]:
         if (sweep_dir / MULTIRUN).is_file():
             raise UserError(f"{sweep_dir}: a sweep of an earlier version, without {SWEEP}; resume its runs one by one")
         raise UserError(f"{sweep_dir}: found no {SWEEP}; expected the folder of a sweep of mrgen-train (-m)")
-    try:
-        return [Job(**{**job, "overrides": tuple(job["overrides"])}) for job in json.loads(path.read_text())]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read as a list of jobs ({error})") from error
+    expected = "the list of a sweep's jobs"
+    remedy = "put back a copy that is whole, or resume its runs one by one"
+    content = read_json(path, expected=expected, remedy=remedy)
+    if not isinstance(content, list) or (wrong := [job for job in content if not _is_job(job)]):
+        found = f"{wrong[0]!r:.80}" if isinstance(content, list) else f"a {type(content).__name__}"
+        raise UserError(f"{path}: found {found}, expected {expected}; {remedy}")
+    if len({job["number"] for job in content}) < len(content):
+        raise UserError(f"{path}: found two jobs of one number, expected {expected}; {remedy}")
+    return [Job(**{**job, "overrides": tuple(job["overrides"])}) for job in content]
+
+
+def _is_job(content: Any) -> bool:
+    if not isinstance(content, dict) or {*content} - {field.name for field in fields(Job)}:
+        return False
+    number, overrides, slurm_id = (content.get(key) for key in ("number", "overrides", "slurm_id"))
+    return (
+        type(number) is int
+        and isinstance(overrides, list)
+        and all(isinstance(text, str) for text in (content.get("name"), content.get("folder"), *overrides))
+        and "\0" not in content["folder"]
+        and (slurm_id is None or isinstance(slurm_id, str))
+    )
 
 
 @dataclass(frozen=True)
@@ -88,7 +104,8 @@ class Progress:
 
     Attributes:
         job: which one.
-        state: waiting, running, finished, failed, preempted, or lost: it says that it runs, and its process is gone.
+        state: waiting, running, finished, failed, preempted, or lost: it says that it runs, and its process is gone;
+            unreadable where a file of its folder is damaged.
         reason: why it failed, or ended early.
         epoch: epochs that are done.
         epochs: epochs that it was to train for; None where it has none.
@@ -116,7 +133,7 @@ def sweep_status(sweep_dir: Path) -> list[Progress]:
     jobs = read_jobs(sweep_dir)
 
     def status(job: Job) -> dict[str, Any]:
-        return read_status(sweep_dir / job.folder)
+        return seen_status(sweep_dir / job.folder)
 
     # One that has failed may have been submitted again.
     asked = [job.slurm_id for job in jobs if job.slurm_id and status(job).get("state") != "finished"]
@@ -129,6 +146,14 @@ def sweep_status(sweep_dir: Path) -> list[Progress]:
 
 def _progress(job: Job, folder: Path, status: dict[str, Any], slurm: dict[str, str] | None) -> Progress:
     """A job's progress; ``slurm`` has the states there, and is None where they do not matter or are not known."""
+    try:
+        return _read_progress(job, folder, status, slurm)
+    except UserError as error:  # which is no reason to show nothing of the others
+        return Progress(job, UNREADABLE, str(error), 0, None, None, None, folder)
+
+
+def _read_progress(job: Job, folder: Path, status: dict[str, Any], slurm: dict[str, str] | None) -> Progress:
+    """The same. Raises UserError where a file of the job's is damaged."""
     state, reason = str(status.get("state", "waiting")), ""
     if state != "finished" and slurm is not None:
         said = slurm.get(str(job.slurm_id), "COMPLETED")  # what it has forgotten has ended
@@ -145,8 +170,9 @@ def _progress(job: Job, folder: Path, status: dict[str, Any], slurm: dict[str, s
     conf = _config(folder)
     monitor = conf.get("monitor")
     epochs = conf.get("trainer", {}).get("max_epochs")
-    rows = _rows(folder)
-    done = max((int(row["epoch"]) + 1 for row in rows if row.get("epoch", "").isdigit()), default=0)
+    epochs = epochs if isinstance(epochs, int) else None  # what Hydra has not resolved yet
+    rows = read_metrics(folder / METRICS)
+    done = max((int(row["epoch"]) + 1 for row in rows if row.get("epoch")), default=0)
     return Progress(
         job,
         state,
@@ -167,15 +193,7 @@ def _why(state: str, status: dict[str, Any]) -> str:
 
 def objective(run_dir: Path) -> float | None:
     """The least value of a run's ``monitor`` in its ``metrics.csv``; None where there is none."""
-    return _least(_rows(run_dir), _config(run_dir).get("monitor"))
-
-
-def _rows(run_dir: Path) -> list[dict[str, str]]:
-    path = run_dir / "metrics.csv"
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return [*csv.DictReader(file)]
+    return _least(read_metrics(run_dir / METRICS), _config(run_dir).get("monitor"))
 
 
 def _least(rows: Sequence[dict[str, str]], monitor: str | None) -> float | None:
@@ -185,10 +203,17 @@ def _least(rows: Sequence[dict[str, str]], monitor: str | None) -> float | None:
 
 def _config(run_dir: Path) -> dict[str, Any]:
     """The run's config, resolved once its data were found; ``{}`` where it has not begun."""
-    for path in (run_dir / "config.yaml", run_dir / ".hydra" / "config.yaml"):
-        if path.is_file():
-            return yaml.safe_load(path.read_text()) or {}
-    return {}
+    if (path := find_config(run_dir)) is None:
+        return {}
+    conf = read_yaml(path, expected=EXPECTED, remedy=REMEDY)
+    try:
+        whole = isinstance(conf["model"], dict) and isinstance(conf.get("monitor"), str | None)
+        whole = whole and isinstance(conf["trainer"]["max_epochs"], int | str | None)
+    except (KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: found no model, monitor and trainer in it, expected {EXPECTED}; {REMEDY}")
+    return conf
 
 
 def own_overrides(jobs: Sequence[Job]) -> dict[int, list[str]]:

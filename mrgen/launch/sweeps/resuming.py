@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from mrgen.errors import UserError
-from mrgen.files import read_text
+from mrgen.files import read_yaml
 from mrgen.launch.paths import CONF_DIR
 
 __all__ = ["MULTIRUN", "as_written", "is_free", "quoted", "refuse_links", "resumed", "saved_config", "settled"]
@@ -103,7 +103,8 @@ def resumed(arguments: Sequence[str]) -> list[str]:
     if not folders or folders[-1] in ("", "null") or "--config-path" in arguments:
         return [*arguments]  # the last: a process of a run whose arguments are these already
     # Imported here: of the commands that do not resume it would be half of the time until they answer.
-    from mrgen.launch.build import read_config, trust
+    from mrgen.launch.build import trust
+    from mrgen.launch.configs import find_config, read_config
 
     folder = Path(_unquoted(folders[-1])).expanduser().resolve()
     others = [a for a in arguments if not a.startswith("resume=")]
@@ -112,7 +113,7 @@ def resumed(arguments: Sequence[str]) -> list[str]:
     if (folder / MULTIRUN).is_file():
         return _resumed_sweep(folder, others)
     # The run writes config.yaml once its store was found; Hydra's copy, not resolved, is there from the start.
-    saved = next((place for place in (folder, folder / ".hydra") if (place / "config.yaml").is_file()), None)
+    saved = find_config(folder)
     if saved is None:
         raise UserError(
             f"resume={folder}: no config.yaml or {MULTIRUN} there; expected the folder of a run or a sweep of "
@@ -127,7 +128,7 @@ def resumed(arguments: Sequence[str]) -> list[str]:
                 f"{argument}: a resumed run keeps its {name}; only what leaves its weights alone can be changed, and "
                 "trainer.max_epochs"
             )
-    conf = read_config(saved / "config.yaml", interpolations=saved != folder)
+    conf = read_config(saved)
     conf["trust"] = []  # is said by who resumes, not by the folder
     copy = Path(tempfile.mkdtemp(prefix="mrgen-resume-"))  # which nobody else can write to
     atexit.register(shutil.rmtree, copy, ignore_errors=True)
@@ -231,19 +232,19 @@ class _Multirun:
 
 
 def _read_multirun(path: Path) -> _Multirun:
-    import yaml
-
-    remedy = "restore the file, or resume the sweep's runs one by one"
+    """Raises UserError where the file is damaged. Its interpolations are Hydra's business, and are not resolved."""
+    remedy = "put back a copy that is whole, or resume the sweep's runs one by one"
+    content = read_yaml(path, expected="the config of a sweep", remedy=remedy)
     try:
-        # As data: its interpolations are Hydra's business, and are not resolved.
-        hydra = yaml.safe_load(read_text(path, expected="the config of a sweep", remedy=remedy))["hydra"]
+        hydra = content["hydra"]
         overrides = [*hydra["overrides"]["hydra"], *hydra["overrides"]["task"]]
         sources = hydra["runtime"]["config_sources"]
         dirs = [source["path"] for source in sources if source["provider"] == "command-line"]
+        sampler = dict(hydra["sweeper"].get("sampler") or {})
         if all(isinstance(text, str) for text in (*overrides, *dirs)):
-            return _Multirun(overrides, dirs, dict(hydra["sweeper"].get("sampler") or {}))
-        found = "values of another type"
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            return _Multirun(overrides, dirs, sampler)
+        found = "arguments that are no text"
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         found = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     raise UserError(f"{path}: cannot be read as the config of a sweep ({found}); {remedy}")
 

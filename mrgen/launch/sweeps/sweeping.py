@@ -22,7 +22,7 @@ from mrgen.launch import app
 from mrgen.launch.build import check_data
 from mrgen.launch.instantiate import plain
 from mrgen.launch.ranks import is_rank, record_failure
-from mrgen.launch.status import has_begun, read_status, runs_here
+from mrgen.launch.status import UNREADABLE, has_begun, runs_here, seen_status
 from mrgen.launch.sweeps.jobs import SWEEP, Job, advise, own_overrides, read_jobs, show, sweep_status, write_jobs
 from mrgen.launch.sweeps.resuming import MULTIRUN, as_written, refuse_links, settled
 
@@ -117,7 +117,8 @@ def _refused() -> Iterator[None]:
     except Exception as error:
         said = app.sentence(error)
         if said is None and isinstance(error, OSError):
-            said = f"{error.filename}: {error.strerror}; set MRGEN_RUNS or hydra.run.dir to where a folder can be made"
+            place, reason = error.filename or "the folder", error.strerror or error
+            said = f"{place}: {reason}; set MRGEN_RUNS or hydra.run.dir to where a folder can be made"
         if said is None:
             raise
         app.fail(said)
@@ -143,7 +144,7 @@ def _check_folder(config: DictConfig, folder: Path) -> None:
     """Raises UserError where another sweep has begun, whose jobs this one would take for its own, or replace."""
     if not (folder / SWEEP).is_file():
         return
-    jobs = [(job, read_status(folder / job.folder)) for job in read_jobs(folder)]
+    jobs = [(job, seen_status(folder / job.folder)) for job in read_jobs(folder)]
     if OmegaConf.is_interpolation(config, "resume"):
         if live := [job.folder for job, status in jobs if not job.slurm_id and runs_here(status)]:
             raise UserError(f"{folder}: {', '.join(live)} still runs; wait for the sweep's end, or end it first")
@@ -264,7 +265,7 @@ def table_at_the_end() -> Iterator[None]:
         begun = bool(failed) or any(row.state != "waiting" or row.job.slurm_id for row in rows)
         if begun:
             show(folder, rows)
-        failed = {r.job.folder: r.reason for r in rows if r.state in ("failed", "lost")} | failed
+        failed = {r.job.folder: r.reason for r in rows if r.state in ("failed", "lost", UNREADABLE)} | failed
         if failed and all(row.job.folder in failed for row in rows) and not isinstance(ended, SystemExit):
             ended = None  # a sweeper that found nothing to choose from
         if begun:

@@ -24,9 +24,8 @@ from omegaconf import DictConfig
 from mrgen.callbacks.provenance import KEY
 from mrgen.data.splits import Split
 from mrgen.errors import UserError
-from mrgen.files import write_json
+from mrgen.files import read_metrics, write_json
 from mrgen.launch import going_on, training
-from mrgen.launch.csv_logger import read_metrics
 from mrgen.launch.going_on import SameStart, Saved, check_config, is_finished, newest, only_here
 from mrgen.launch.status import is_alive, read_status
 from mrgen.launch.training import fill_from_store, train
@@ -156,9 +155,14 @@ def test_where_nothing_was_learned_yet_another_config_begins(
 
 
 def write_checkpoint(path: Path, steps: int) -> None:
-    loops = {"fit_loop": {"epoch_loop.state_dict": {"_batches_that_stepped": steps}}}
+    """Of a training that has just begun, as far as its content matters."""
+    progress = {"current": {"processed": 0}}
+    loops = {"fit_loop": {"epoch_loop.state_dict": {"_batches_that_stepped": steps}, "epoch_progress": progress}}
+    lists: dict[str, Any] = {"optimizer_states": [], "lr_schedulers": [], "callbacks": {}, "state_dict": {}}
+    data = {"modalities": ["t1"], "normalisation": {}}
+    content = {"epoch": 0, "global_step": steps, KEY: {"model": {"_target_": "mrgen.X"}, "data": data}, **lists}
     path.parent.mkdir(exist_ok=True)
-    torch.save({"loops": loops, "name": path.name}, path)
+    torch.save({"loops": loops, "name": path.name, **content}, path)
 
 
 @pytest.mark.parametrize(
