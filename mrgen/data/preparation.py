@@ -1,14 +1,15 @@
 """From a raw cohort to a store: walk, check, turn, mask, write; in parallel, and again only where something changed."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mrgen.data.checks import check_subject
+from mrgen.data.checks import check_subject, grouped
 from mrgen.data.cohorts import Layout, Problem, SubjectFiles, find_subjects
 from mrgen.data.store import (
     read_cohort,
@@ -52,6 +53,7 @@ class Report:
         store: where it was written, or None when it was only checked.
         rows: one for each subject found, by id.
         problems: one for each thing that is wrong.
+        notes: one for each thing that a header left open or had wrong and that was decided; of subjects that are good.
         strict: whether a problem makes the exit code non-zero.
     """
 
@@ -60,6 +62,7 @@ class Report:
     strict: bool
     rows: list[Row] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    notes: list[Problem] = field(default_factory=list)
 
     @property
     def prepared(self) -> list[str]:
@@ -199,7 +202,7 @@ def fingerprint(files: SubjectFiles, root: Path) -> dict[str, Any]:
 
 
 def render(report: Report) -> "RenderableType":
-    """The report for a terminal: a table of subjects, a line for each problem, a summary."""
+    """The report for a terminal: a table of subjects, a line for each problem and each kind of note, a summary."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Group
     from rich.table import Table
@@ -223,7 +226,11 @@ def render(report: Report) -> "RenderableType":
     for cells in zip(*columns.values(), strict=True):
         table.add_row(*map(Text, cells), style="red" if cells[-1] == "bad" else None)
     lines = [Text(str(problem), style="red") for problem in report.problems]
+    lines += [Text(line, style="yellow") for line in grouped(report.notes)]
     return Group(table, *lines, Text(report.summary, style="bold"))
+
+
+_Result = tuple[Row, list[Problem], Sequence[Problem]]  # of one subject: its row, problems and notes
 
 
 @dataclass(frozen=True)
@@ -234,7 +241,7 @@ class _Task:
     root: Path
     store: Path | None
 
-    def __call__(self, files: SubjectFiles) -> tuple[Row, list[Problem]]:
+    def __call__(self, files: SubjectFiles) -> "_Result":
         try:
             source = fingerprint(files, self.root)  # before reading: a file that changes meanwhile is read again
             subject, problems = check_subject(files, self.layout)
@@ -247,7 +254,7 @@ class _Task:
         if subject is None:
             if self.store is not None:
                 remove_subject(self.store, files.id)
-            return _row(files, None, None, "bad"), problems
+            return _row(files, None, None, "bad"), problems, ()
         spacing = np.linalg.norm(subject.affine[:3, :3], axis=0).tolist()
         if self.store is not None:
             write_subject(
@@ -265,7 +272,8 @@ class _Task:
                 original_shape=subject.original_shape,
                 source=source,
             )
-        return _row(files, subject.brain.shape, spacing, "prepared" if self.store is not None else "good"), []
+        status = "prepared" if self.store is not None else "good"
+        return _row(files, subject.brain.shape, spacing, status), [], subject.notes
 
 
 def _row(files: SubjectFiles, shape: Sequence[int] | None, spacing: Sequence[float] | None, status: str) -> Row:
@@ -288,6 +296,7 @@ def _finished(report: Report) -> Report:
             report.rows.append(Row(subject, subject, None, None, None, None, None, "bad"))
     report.rows.sort(key=lambda row: row.id)
     report.problems.sort(key=lambda problem: (problem.subject == "store", problem.subject))  # workers end in any order
+    report.notes.sort(key=lambda note: note.subject)
     return report
 
 
@@ -307,33 +316,54 @@ def _run(report: Report, subjects: list[SubjectFiles], task: _Task, workers: int
     verb = "checking" if task.store is None else "preparing"
     with Progress(*columns, console=Console(stderr=True), disable=not progress or not subjects) as bar:
         line = bar.add_task(f"{verb} {report.title}", total=len(subjects), last="")
-        results: Iterable[tuple[Row, list[Problem]]]
+        results: Iterable[_Result]
         results = map(task, subjects) if workers == 0 else _in_parallel(subjects, task, min(workers, len(subjects)))
-        for row, problems in results:
+        for row, problems, notes in results:
             report.rows.append(row)
             report.problems.extend(problems)
+            report.notes.extend(notes)
             bar.update(line, advance=1, last=row.id)
 
 
-def _in_parallel(subjects: list[SubjectFiles], task: _Task, workers: int) -> Iterator[tuple[Row, list[Problem]]]:
-    from concurrent.futures import ProcessPoolExecutor, as_completed
+def _in_parallel(subjects: list[SubjectFiles], task: _Task, workers: int) -> Iterator[_Result]:
+    """A worker that dies takes the pool with it: those in work are tried again, each in a process of its own."""
+    waiting = deque(subjects)
+    while waiting:
+        for files in (yield from _until_a_worker_dies(waiting, task, workers)):
+            if (yield from _until_a_worker_dies(deque([files]), task, 1)):
+                message = (
+                    "ended the process that read it, probably for want of memory; look at its files, free some memory "
+                    "or run again with fewer workers"
+                )
+                problem = Problem(files.id, str(files.folder), message, "process ended")
+                yield _row(files, None, None, "bad"), [problem], ()
+
+
+def _until_a_worker_dies(
+    waiting: deque[SubjectFiles], task: _Task, workers: int
+) -> Generator[_Result, None, list[SubjectFiles]]:
+    """Takes subjects from ``waiting``, no more at once than there are workers, and returns those in work at a death."""
+    from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
 
-    if not subjects:
-        return
+    running: dict[Future[_Result], SubjectFiles] = {}
     # spawn: a fork of a process with threads (rich's, torch's) may hang
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_ignore_interrupts) as pool:
         try:
-            for future in as_completed([pool.submit(task, files) for files in subjects]):
-                yield future.result()
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    running[pool.submit(task, waiting[0])] = waiting[0]
+                    waiting.popleft()
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    result = future.result()
+                    del running[future]
+                    yield result
         except BrokenProcessPool:
-            raise UserError(
-                f"a worker process was killed, probably for want of memory ({workers} at once); what is prepared is "
-                "kept: run again with fewer workers"
-            ) from None
+            pass
         finally:
             pool.shutdown(wait=True, cancel_futures=True)  # what runs is finished, what waits is dropped
+    return list(running.values())
 
 
 def _ignore_interrupts() -> None:

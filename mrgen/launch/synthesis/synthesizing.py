@@ -103,6 +103,7 @@ def synthesize(conf: DictConfig) -> int:
         for job, reading in _read_ahead(pool, method, layout, jobs):
             try:
                 scans = reading.result()
+                _say(*scans.notes)
                 made = method.make(scans)
             except UserError as error:
                 left_out.add(job.subject.id)

@@ -1,0 +1,31 @@
+"""Reads an image file of any format that cohorts come in. Nothing that a file may hold ends the process."""
+
+from pathlib import Path
+
+from mrgen.data.image_file import BadFileError, Volume
+from mrgen.data.metaimage import read_metaimage
+from mrgen.data.nifti import read_nifti
+from mrgen.data.nrrd import read_nrrd
+
+__all__ = ["BadFileError", "Volume", "read_volume"]
+
+BY_NAME = {".mha": read_metaimage, ".mhd": read_metaimage, ".nrrd": read_nrrd, ".nhdr": read_nrrd}
+
+
+def read_volume(path: Path) -> Volume:
+    """Reads an image file by its content: NIfTI, gzipped or not, whatever its name; MetaImage and NRRD by name.
+
+    What the file says twice has to agree, what is compressed is read to its checksum, and no memory is taken for what
+    is not there or does not fit.
+
+    Raises:
+        BadFileError: no image, damaged, not 3D, not one number a voxel, too large, or without a usable affine.
+    """
+    try:
+        return BY_NAME.get(path.suffix.lower(), read_nifti)(path)
+    except OSError as error:
+        message = f"cannot be read ({error.strerror or error}), expected an image"
+        raise BadFileError("unreadable file", message) from None
+    except MemoryError:
+        message = "found a volume that does not fit into memory; use fewer workers or a larger machine"
+        raise BadFileError("too large", message) from None
