@@ -15,7 +15,7 @@ import numpy as np
 from mrgen.data.memory import free_memory
 
 LARGEST_VOLUME = 2**29  # voxels; a whole head at 0.25 mm, the finest scanned alive, has fewer
-WORKING_BYTES = 40  # that checking and masking take for each voxel beyond the file's own, at their peak
+WORKING_BYTES = 64  # that checking and masking take for each voxel at their peak, measured, beyond the file's own
 SIDES = (0.05, 50.0)  # mm, of a voxel; metres or micrometres called mm lie outside
 FARTHEST = 1e5  # mm from the origin
 LARGEST_SHEAR = 1e-3  # cosine between two axes: headers of four digits have less, gantry tilts far more

@@ -12,7 +12,7 @@ import numpy as np
 from mrgen.data.image_file import AGAIN, BadFileError, Volume, beside, check_affine, check_size, opened, read_voxels
 from mrgen.data.text_header import TO_RAS, floats, integers, lines
 
-__all__ = ["read_metaimage"]
+__all__ = ["metaimage_voxels", "read_metaimage"]
 
 TYPES = {
     f"MET_{sign}{name}": np.dtype(f"{kind}{n}")
@@ -52,12 +52,23 @@ def read_metaimage(path: Path) -> Volume:
         check_size(shape, needed)
         affine, notes = _affine(fields)
         packing = "zlib" if _flag(fields, "CompressedData") else None
-        if (name := fields["ElementDataFile"]) in ("LOCAL", "Local", "local"):
+        if (voxels := _voxels_file(path, fields)) is None:
             data = _voxels(file, fields, packing, needed)
         else:
-            with opened(beside(path, name)) as other:
+            with opened(voxels) as other:
                 data = _voxels(other, fields, packing, needed)
     return Volume(np.frombuffer(data, dtype).reshape(shape, order="F"), affine, notes)
+
+
+def metaimage_voxels(path: Path) -> Path | None:
+    """The file of a MetaImage's voxels, None where they are in its own. Raises as ``read_metaimage``."""
+    with opened(path) as file:
+        return _voxels_file(path, _fields(file, path))
+
+
+def _voxels_file(path: Path, fields: dict[str, str]) -> Path | None:
+    name = fields["ElementDataFile"]
+    return None if name in ("LOCAL", "Local", "local") else beside(path, name)
 
 
 def _fields(file: BinaryIO, path: Path) -> dict[str, str]:

@@ -30,7 +30,7 @@ NUMBERS = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 
 OTHERS = {32: "complex", 128: "RGB", 1536: "float128", 1792: "complex", 2048: "complex", 2304: "RGBA"}
 UNITS = {0: ("no unit", 1.0), 1: ("metres", 1e3), 2: ("mm", 1.0), 3: ("micrometres", 1e-3)}
 MM = 2
-NO_CODE = "code 0"
+NO_CODE = "no code"
 NO_UNIT = "found no unit of length in the header; took mm"
 TWO_SPACES = "found an sform and a qform of two spaces"
 SAME_SIDES = 5e-3  # of a side: headers round 0.46875 mm to 0.47
@@ -188,8 +188,8 @@ def _scaling(header: Any) -> tuple[float, float]:
 def _affine(header: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
     """The affine from voxels to mm that the header's statements agree on, and what was decided.
 
-    There are up to three: the sides (``pixdim``), a rotation (the qform, which uses those sides) and a matrix (the
-    sform). SimpleITK takes the qform in more cases than nibabel, which takes the sform whatever the others say.
+    There are up to three: the sides (``pixdim``), a rotation (the qform, which uses those sides, so that it cannot
+    bear them out) and a matrix (the sform). One of exact unit sides lacks them, beside a pixdim that has some.
 
     Raises:
         BadFileError: nothing in the file says which of two contradictory ones is right, or where the axes point.
@@ -220,19 +220,15 @@ def _affine(header: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, tuple[str,
     same = np.abs(np.abs(pixdim) - sides)[known] <= SAME_SIDES * sides[known]
     if qform is None:
         if not same.all():
-            message = (
-                f"found an sform with sides of {in_mm(sides)} beside a pixdim of {in_mm(pixdim)} and no usable qform, "
-                "expected the same; mend the header"
-            )
-            raise BadFileError("voxel sides unknown", message)
+            raise _sides_differ(sides, pixdim)
         if wrong_qform != NO_CODE or not known.all() or (pixdim < 0).any():
             what = f"a pixdim of {in_mm(pixdim)}" if wrong_qform == NO_CODE else f"a qform with {wrong_qform}"
             notes.append(f"found {what}; took the sform, with sides of {in_mm(sides)}")
         return sform, tuple(notes)
     if not same.all():
-        notes.append(
-            f"found an sform with sides of {in_mm(sides)}, but pixdim and the qform say {in_mm(pixdim)}; took the qform"
-        )
+        if np.abs(sides - 1).max() > SAME_SIDES:
+            raise _sides_differ(sides, pixdim)
+        notes.append(f"found an sform without voxel sides, but a pixdim and a qform of {in_mm(pixdim)}; took the qform")
         return qform, tuple(notes)
     if (apart := largest_shift(sform, qform, shape)) > SAME_PLACE:
         if header["sform_code"] == header["qform_code"] or _axes(sform) != _axes(qform):
@@ -243,6 +239,11 @@ def _affine(header: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, tuple[str,
             raise BadFileError("sform and qform differ", message)
         notes.append(f"{TWO_SPACES}, up to {apart:.3g} voxels apart; took the sform")
     return sform, tuple(notes)
+
+
+def _sides_differ(sides: np.ndarray, pixdim: np.ndarray) -> BadFileError:
+    message = f"found an sform with sides of {in_mm(sides)} beside a pixdim of {in_mm(pixdim)}, expected the same"
+    return BadFileError("voxel sides differ", f"{message}; mend the header, or export the scan again")
 
 
 def _sform(header: Any, factor: float) -> tuple[np.ndarray | None, str | None]:

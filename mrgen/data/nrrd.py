@@ -9,7 +9,7 @@ import numpy as np
 from mrgen.data.image_file import AGAIN, BadFileError, Volume, beside, check_affine, check_size, opened, read_voxels
 from mrgen.data.text_header import TO_RAS, floats, integers, lines
 
-__all__ = ["read_nrrd"]
+__all__ = ["nrrd_voxels", "read_nrrd"]
 
 _INTEGERS = (  # as the format's definition spells them
     ("i1", "signed char, int8, int8_t"),
@@ -50,12 +50,22 @@ def read_nrrd(path: Path) -> Volume:
         if fields["encoding"].lower() not in PACKINGS:
             raise _unusable(f"encoding: {fields['encoding'][:60]}, expected one of {', '.join(PACKINGS)}")
         packing = PACKINGS[fields["encoding"].lower()]
-        if "data file" in fields:
-            with opened(beside(path, fields["data file"])) as other:
-                data = read_voxels(other, packing, needed)
-        else:
+        if (voxels := _voxels_file(path, fields)) is None:
             data = read_voxels(file, packing, needed)
+        else:
+            with opened(voxels) as other:
+                data = read_voxels(other, packing, needed)
     return Volume(np.frombuffer(data, dtype).reshape(shape, order="F"), affine, notes)
+
+
+def nrrd_voxels(path: Path) -> Path | None:
+    """The file of an NRRD volume's voxels, None where they are in its own. Raises as ``read_nrrd``."""
+    with opened(path) as file:
+        return _voxels_file(path, _fields(file, path))
+
+
+def _voxels_file(path: Path, fields: dict[str, str]) -> Path | None:
+    return beside(path, fields["data file"]) if "data file" in fields else None
 
 
 def _fields(file: BinaryIO, path: Path) -> dict[str, str]:

@@ -1,8 +1,7 @@
 """From a raw cohort to a store: walk, check, turn, mask, write; in parallel, and again only where something changed."""
 
 import os
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from mrgen.data.checks import check_subject, grouped
 from mrgen.data.cohorts import Layout, Problem, SubjectFiles, find_subjects
+from mrgen.data.reading import files_of
 from mrgen.data.store import (
     read_cohort,
     read_subjects,
@@ -21,6 +21,7 @@ from mrgen.data.store import (
     write_cohort,
     write_subject,
 )
+from mrgen.data.workers import in_processes
 from mrgen.errors import UserError
 
 if TYPE_CHECKING:
@@ -191,7 +192,11 @@ def prepare_cohort(
 def fingerprint(files: SubjectFiles, root: Path) -> dict[str, Any]:
     """What a subject is made from: its fields, and each file's place, size and time of change."""
     paths = {**files.images, **({"label": files.label} if files.label else {})}
-    stats = {name: (path, path.stat()) for name, path in paths.items()}
+    stats = {
+        name + " voxels" * (part != path): (part, part.stat())
+        for name, path in paths.items()
+        for part in files_of(path)
+    }
     return {
         "fields": [files.patient, files.grade, files.site],
         "files": {
@@ -326,48 +331,9 @@ def _run(report: Report, subjects: list[SubjectFiles], task: _Task, workers: int
 
 
 def _in_parallel(subjects: list[SubjectFiles], task: _Task, workers: int) -> Iterator[_Result]:
-    """A worker that dies takes the pool with it: those in work are tried again, each in a process of its own."""
-    waiting = deque(subjects)
-    while waiting:
-        for files in (yield from _until_a_worker_dies(waiting, task, workers)):
-            if (yield from _until_a_worker_dies(deque([files]), task, 1)):
-                message = (
-                    "ended the process that read it, probably for want of memory; look at its files, free some memory "
-                    "or run again with fewer workers"
-                )
-                problem = Problem(files.id, str(files.folder), message, "process ended")
-                yield _row(files, None, None, "bad"), [problem], ()
-
-
-def _until_a_worker_dies(
-    waiting: deque[SubjectFiles], task: _Task, workers: int
-) -> Generator[_Result, None, list[SubjectFiles]]:
-    """Takes subjects from ``waiting``, no more at once than there are workers, and returns those in work at a death."""
-    from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-    from concurrent.futures.process import BrokenProcessPool
-    from multiprocessing import get_context
-
-    running: dict[Future[_Result], SubjectFiles] = {}
-    # spawn: a fork of a process with threads (rich's, torch's) may hang
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_ignore_interrupts) as pool:
-        try:
-            while waiting or running:
-                while waiting and len(running) < workers:
-                    running[pool.submit(task, waiting[0])] = waiting[0]
-                    waiting.popleft()
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    result = future.result()
-                    del running[future]
-                    yield result
-        except BrokenProcessPool:
-            pass
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)  # what runs is finished, what waits is dropped
-    return list(running.values())
-
-
-def _ignore_interrupts() -> None:
-    # Ctrl-C reaches the whole process group; the parent alone decides what it means.
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    what = "ended the process that read it, probably for want of memory; look at its files, or use fewer workers"
+    for files, result in in_processes(subjects, task, workers):
+        if result is None:
+            problem = Problem(files.id, str(files.folder), what, "process ended")
+            result = _row(files, None, None, "bad"), [problem], ()
+        yield result

@@ -3,13 +3,14 @@
 from pathlib import Path
 
 from mrgen.data.image_file import BadFileError, Volume
-from mrgen.data.metaimage import read_metaimage
+from mrgen.data.metaimage import metaimage_voxels, read_metaimage
 from mrgen.data.nifti import read_nifti
-from mrgen.data.nrrd import read_nrrd
+from mrgen.data.nrrd import nrrd_voxels, read_nrrd
 
-__all__ = ["BadFileError", "Volume", "read_volume"]
+__all__ = ["BadFileError", "Volume", "files_of", "read_volume"]
 
 BY_NAME = {".mha": read_metaimage, ".mhd": read_metaimage, ".nrrd": read_nrrd, ".nhdr": read_nrrd}
+VOXELS = {".mha": metaimage_voxels, ".mhd": metaimage_voxels, ".nrrd": nrrd_voxels, ".nhdr": nrrd_voxels}
 
 
 def read_volume(path: Path) -> Volume:
@@ -29,3 +30,12 @@ def read_volume(path: Path) -> Volume:
     except MemoryError:
         message = "found a volume that does not fit into memory; use fewer workers or a larger machine"
         raise BadFileError("too large", message) from None
+
+
+def files_of(path: Path) -> list[Path]:
+    """An image file, and the one beside it that its header names for the voxels; alone where it cannot be read."""
+    try:
+        voxels = VOXELS[path.suffix.lower()](path) if path.suffix.lower() in VOXELS else None
+    except (BadFileError, OSError):  # what reads it says so
+        voxels = None
+    return [path] if voxels is None else [path, voxels]

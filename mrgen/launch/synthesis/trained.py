@@ -16,6 +16,7 @@ from mrgen.data.cohorts import Layout, SubjectFiles
 from mrgen.data.crops import Box
 from mrgen.data.nifti import nifti_header
 from mrgen.data.normalisation import measured_statistics
+from mrgen.data.reading import files_of
 from mrgen.data.store import bounding_box, settings_digest, stored_type
 from mrgen.data.stored_subject import to_orientation
 from mrgen.data.synthetic_files import nifti_bytes
@@ -128,7 +129,11 @@ class TrainedMethod:
             UserError: a scan is gone.
         """
         try:
-            stats = {name: (path.name, path.stat()) for name, path in subject.images.items()}
+            stats = {
+                name + " voxels" * i: (part.name, part.stat())
+                for name, path in subject.images.items()
+                for i, part in enumerate(files_of(path))
+            }
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be read ({error.strerror}), expected an image") from error
         return {
