@@ -190,8 +190,7 @@ def affine_fault(affine: np.ndarray) -> str | None:
     """Why a 4×4 from voxels to mm cannot be a scan's, in a few words, or None where it can."""
     if not np.isfinite(affine).all():
         return "numbers that are not finite"
-    with np.errstate(over="ignore"):
-        sides = np.linalg.norm(affine[:3, :3], axis=0)
+    sides = np.linalg.norm(affine[:3, :3], axis=0)
     if not (SIDES[0] <= sides.min() and sides.max() <= SIDES[1]):
         return f"voxel sides of {in_mm(sides)}"
     if (farthest := float(np.abs(affine[:3, 3]).max())) > FARTHEST:

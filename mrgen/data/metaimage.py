@@ -132,10 +132,9 @@ def _affine(fields: dict[str, str]) -> tuple[np.ndarray, tuple[str, ...]]:
         raise _unusable(f"ElementSpacing = {fields['ElementSpacing'][:60]}, expected sides above 0")
     axes = np.reshape(floats(fields["TransformMatrix"], 9, "matrix"), (3, 3)).T  # a row is where an axis points
     affine = np.eye(4)
-    with np.errstate(all="ignore"):
-        affine[:3, :3] = axes * sides * UNITS[unit]
-        affine[:3, 3] = np.multiply(floats(fields["Offset"], 3, "offset"), UNITS[unit])
-        affine = TO_RAS["left-posterior-superior"] @ affine
+    affine[:3, :3] = axes * sides * UNITS[unit]
+    affine[:3, 3] = np.multiply(floats(fields["Offset"], 3, "offset"), UNITS[unit])
+    affine = TO_RAS["left-posterior-superior"] @ affine
     if np.abs(np.linalg.norm(axes, axis=0) - 1).max() > 1e-3:
         raise _unusable(f"TransformMatrix = {fields['TransformMatrix'][:60]}, expected rows of length 1")
     check_affine(affine)
@@ -146,14 +145,20 @@ def _affine(fields: dict[str, str]) -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 def _contradiction(code: str, axes: np.ndarray) -> str | None:
-    """A line where the orientation in letters is not that of the matrix. ITK writes both and reads the matrix."""
+    """A line where the orientation in letters is not that of the matrix, which ITK reads alone.
+
+    Some writers put RAI whatever the matrix is. Other letters were meant, so that one of the two is damaged.
+    """
     main = np.abs(axes).argmax(axis=0)
     if set(code) - set("RLAPIS") or np.abs(axes).max(axis=0).min() < 0.8:
         return None
     from_ = "".join(("RL", "AP", "IS")[world][int(axes[world, axis] < 0)] for axis, world in enumerate(main))
     if code == from_:
         return None
-    return f"found AnatomicalOrientation = {code}, but the TransformMatrix says {from_}; took the matrix, as ITK does"
+    found = f"found AnatomicalOrientation = {code}, but the TransformMatrix says {from_}"
+    if code != "RAI":
+        raise BadFileError("unknown orientation", f"{found}, expected the same; {AGAIN}")
+    return f"{found}; took the matrix, as ITK does"
 
 
 def _voxels(file: BinaryIO, fields: dict[str, str], packing: str | None, needed: int) -> np.ndarray:

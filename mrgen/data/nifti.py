@@ -66,11 +66,11 @@ def read_nifti(path: Path) -> Volume:
     if (slope, inter) != (1, 0):
         from nibabel.volumeutils import apply_read_scaling
 
-        with np.errstate(over="ignore", invalid="ignore"):  # what it made of the voxels is looked at later
-            array = apply_read_scaling(array, slope, inter)
+        array = apply_read_scaling(array, slope, inter)
     return Volume(array, affine, notes)
 
 
+@np.errstate(all="ignore")
 def nifti_header(path: Path) -> Any:
     """The header of a NIfTI file that ``read_nifti`` reads, without its extensions; None for any other.
 

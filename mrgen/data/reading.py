@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from mrgen.data.image_file import BadFileError, Volume
 from mrgen.data.metaimage import metaimage_voxels, read_metaimage
 from mrgen.data.nifti import read_nifti
@@ -13,6 +15,7 @@ BY_NAME = {".mha": read_metaimage, ".mhd": read_metaimage, ".nrrd": read_nrrd, "
 VOXELS = {".mha": metaimage_voxels, ".mhd": metaimage_voxels, ".nrrd": nrrd_voxels, ".nhdr": nrrd_voxels}
 
 
+@np.errstate(all="ignore")  # what a damaged header computes to is judged, not warned of
 def read_volume(path: Path) -> Volume:
     """Reads an image file by its content: NIfTI, gzipped or not, whatever its name; MetaImage and NRRD by name.
 
