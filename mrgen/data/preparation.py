@@ -248,6 +248,13 @@ class _Task:
 
     def __call__(self, files: SubjectFiles) -> "_Result":
         try:
+            return self._prepared(files)
+        except MemoryError:
+            what = "found scans that do not fit into memory; use fewer workers or a larger machine"
+            return _row(files, None, None, "bad"), [Problem(files.id, str(files.folder), what, "too large")], ()
+
+    def _prepared(self, files: SubjectFiles) -> "_Result":
+        try:
             source = fingerprint(files, self.root)  # before reading: a file that changes meanwhile is read again
             subject, problems = check_subject(files, self.layout)
         except OSError as error:

@@ -108,6 +108,9 @@ def synthesize(conf: DictConfig) -> int:
             except UserError as error:
                 left_out.add(job.subject.id)
                 _say(str(error))
+            except MemoryError:
+                left_out.add(job.subject.id)
+                _say(f"{job.subject.id}: does not fit into memory; free some, or leave it out")
             else:
                 if writing is not None:
                     _say(writing.result())
