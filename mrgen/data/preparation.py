@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mrgen.data.checks import check_subject
+from mrgen.data.checks import check_subject, grouped
 from mrgen.data.cohorts import Layout, Problem, SubjectFiles, find_subjects
+from mrgen.data.reading import files_of
 from mrgen.data.store import (
     read_cohort,
     read_subjects,
@@ -20,6 +21,7 @@ from mrgen.data.store import (
     write_cohort,
     write_subject,
 )
+from mrgen.data.workers import in_processes
 from mrgen.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ class Report:
         store: where it was written, or None when it was only checked.
         rows: one for each subject found, by id.
         problems: one for each thing that is wrong.
+        notes: one for each thing that a header left open or had wrong and that was decided; of subjects that are good.
         strict: whether a problem makes the exit code non-zero.
     """
 
@@ -60,6 +63,7 @@ class Report:
     strict: bool
     rows: list[Row] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    notes: list[Problem] = field(default_factory=list)
 
     @property
     def prepared(self) -> list[str]:
@@ -188,7 +192,11 @@ def prepare_cohort(
 def fingerprint(files: SubjectFiles, root: Path) -> dict[str, Any]:
     """What a subject is made from: its fields, and each file's place, size and time of change."""
     paths = {**files.images, **({"label": files.label} if files.label else {})}
-    stats = {name: (path, path.stat()) for name, path in paths.items()}
+    stats = {
+        name + " voxels" * (part != path): (part, part.stat())
+        for name, path in paths.items()
+        for part in files_of(path)
+    }
     return {
         "fields": [files.patient, files.grade, files.site],
         "files": {
@@ -199,7 +207,7 @@ def fingerprint(files: SubjectFiles, root: Path) -> dict[str, Any]:
 
 
 def render(report: Report) -> "RenderableType":
-    """The report for a terminal: a table of subjects, a line for each problem, a summary."""
+    """The report for a terminal: a table of subjects, a line for each problem and each kind of note, a summary."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Group
     from rich.table import Table
@@ -223,7 +231,11 @@ def render(report: Report) -> "RenderableType":
     for cells in zip(*columns.values(), strict=True):
         table.add_row(*map(Text, cells), style="red" if cells[-1] == "bad" else None)
     lines = [Text(str(problem), style="red") for problem in report.problems]
+    lines += [Text(line, style="yellow") for line in grouped(report.notes)]
     return Group(table, *lines, Text(report.summary, style="bold"))
+
+
+_Result = tuple[Row, list[Problem], Sequence[Problem]]  # of one subject: its row, problems and notes
 
 
 @dataclass(frozen=True)
@@ -234,7 +246,14 @@ class _Task:
     root: Path
     store: Path | None
 
-    def __call__(self, files: SubjectFiles) -> tuple[Row, list[Problem]]:
+    def __call__(self, files: SubjectFiles) -> "_Result":
+        try:
+            return self._prepared(files)
+        except MemoryError:
+            what = "found scans that do not fit into memory; use fewer workers or a larger machine"
+            return _row(files, None, None, "bad"), [Problem(files.id, str(files.folder), what, "too large")], ()
+
+    def _prepared(self, files: SubjectFiles) -> "_Result":
         try:
             source = fingerprint(files, self.root)  # before reading: a file that changes meanwhile is read again
             subject, problems = check_subject(files, self.layout)
@@ -247,7 +266,7 @@ class _Task:
         if subject is None:
             if self.store is not None:
                 remove_subject(self.store, files.id)
-            return _row(files, None, None, "bad"), problems
+            return _row(files, None, None, "bad"), problems, ()
         spacing = np.linalg.norm(subject.affine[:3, :3], axis=0).tolist()
         if self.store is not None:
             write_subject(
@@ -265,7 +284,8 @@ class _Task:
                 original_shape=subject.original_shape,
                 source=source,
             )
-        return _row(files, subject.brain.shape, spacing, "prepared" if self.store is not None else "good"), []
+        status = "prepared" if self.store is not None else "good"
+        return _row(files, subject.brain.shape, spacing, status), [], subject.notes
 
 
 def _row(files: SubjectFiles, shape: Sequence[int] | None, spacing: Sequence[float] | None, status: str) -> Row:
@@ -288,6 +308,7 @@ def _finished(report: Report) -> Report:
             report.rows.append(Row(subject, subject, None, None, None, None, None, "bad"))
     report.rows.sort(key=lambda row: row.id)
     report.problems.sort(key=lambda problem: (problem.subject == "store", problem.subject))  # workers end in any order
+    report.notes.sort(key=lambda note: note.subject)
     return report
 
 
@@ -307,37 +328,19 @@ def _run(report: Report, subjects: list[SubjectFiles], task: _Task, workers: int
     verb = "checking" if task.store is None else "preparing"
     with Progress(*columns, console=Console(stderr=True), disable=not progress or not subjects) as bar:
         line = bar.add_task(f"{verb} {report.title}", total=len(subjects), last="")
-        results: Iterable[tuple[Row, list[Problem]]]
+        results: Iterable[_Result]
         results = map(task, subjects) if workers == 0 else _in_parallel(subjects, task, min(workers, len(subjects)))
-        for row, problems in results:
+        for row, problems, notes in results:
             report.rows.append(row)
             report.problems.extend(problems)
+            report.notes.extend(notes)
             bar.update(line, advance=1, last=row.id)
 
 
-def _in_parallel(subjects: list[SubjectFiles], task: _Task, workers: int) -> Iterator[tuple[Row, list[Problem]]]:
-    from concurrent.futures import ProcessPoolExecutor, as_completed
-    from concurrent.futures.process import BrokenProcessPool
-    from multiprocessing import get_context
-
-    if not subjects:
-        return
-    # spawn: a fork of a process with threads (rich's, torch's) may hang
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_ignore_interrupts) as pool:
-        try:
-            for future in as_completed([pool.submit(task, files) for files in subjects]):
-                yield future.result()
-        except BrokenProcessPool:
-            raise UserError(
-                f"a worker process was killed, probably for want of memory ({workers} at once); what is prepared is "
-                "kept: run again with fewer workers"
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)  # what runs is finished, what waits is dropped
-
-
-def _ignore_interrupts() -> None:
-    # Ctrl-C reaches the whole process group; the parent alone decides what it means.
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _in_parallel(subjects: list[SubjectFiles], task: _Task, workers: int) -> Iterator[_Result]:
+    what = "ended the process that read it, probably for want of memory; look at its files, or use fewer workers"
+    for files, result in in_processes(subjects, task, workers):
+        if result is None:
+            problem = Problem(files.id, str(files.folder), what, "process ended")
+            result = _row(files, None, None, "bad"), [problem], ()
+        yield result

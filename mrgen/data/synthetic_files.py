@@ -22,7 +22,7 @@ import numpy as np
 from mrgen.data.store import write_synced
 from mrgen.errors import UserError
 
-__all__ = ["SyntheticFiles", "nifti_bytes", "read_header"]
+__all__ = ["SyntheticFiles", "nifti_bytes"]
 
 
 class SyntheticFiles:
@@ -154,19 +154,6 @@ def _read(path: Path) -> dict[str, Any] | None:
         return record if ours and all(name == Path(name).name for name in record["files"]) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def read_header(path: Path) -> Any:
-    """The header of a NIfTI file, gzipped or not, without its extensions; None for any other format."""
-    import nibabel
-
-    with open(path, "rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    with gzip.open(path) if packed else open(path, "rb") as file:
-        start = file.read(540)
-    sizes = {int.from_bytes(start[:4], "little"), int.from_bytes(start[:4], "big")}
-    kinds = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
-    return next((kinds[n](start[:n]) for n in sizes if n in kinds), None)
 
 
 def nifti_bytes(volume: np.ndarray, affine: np.ndarray, description: str, header: Any = None) -> bytes:

@@ -1,15 +1,15 @@
 """What a pass of a network needs and what the machine has."""
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from mrgen.data.memory import free_memory
 
 __all__ = ["free_bytes", "peak_bytes"]
 
@@ -31,29 +31,8 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(RESERVE * (torch.cuda.mem_get_info(device)[0] + kept))
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
-    return int(RESERVE * max(0, min([free, *_free_in_groups()])))
-
-
-def _free_in_groups() -> Iterator[int]:
-    """What this process's control groups leave it: a container or a SLURM job may be allowed less than the machine."""
-    root = Path("/sys/fs/cgroup")
-    try:
-        line = next(text for text in Path("/proc/self/cgroup").read_text().splitlines() if text.startswith("0::"))
-    except (OSError, StopIteration):
-        return
-    own = root / line.removeprefix("0::").lstrip("/")
-    for group in (own, *own.parents):
-        if root not in (group, *group.parents):
-            return
-        with suppress(OSError, KeyError, ValueError):  # none there, or "max"
-            allowed = int((group / "memory.max").read_text())
-            taken = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())["anon"]
-            yield allowed - int(taken)
+    free = free_memory()
+    return None if free is None else int(RESERVE * free)
 
 
 class _Living(TorchDispatchMode):

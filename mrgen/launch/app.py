@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
+from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn
 
@@ -77,6 +78,9 @@ def run_app(config_name: str, task: Callable[[DictConfig], object]) -> None:
         config_name: primary config below ``conf/``.
         task: called with the composed config, once a job.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a file's name may hold what the terminal's encoding has not
+            stream.reconfigure(errors="backslashreplace")
     try:
         run_hydra(config_name, _refusing(task))
     except Exception as error:

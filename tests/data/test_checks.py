@@ -21,8 +21,8 @@ from raw_scans import (
 )
 
 from mrgen.data.brain import background, find_brain
-from mrgen.data.checks import check_subject
-from mrgen.data.cohorts import find_subjects, read_layouts
+from mrgen.data.checks import check_subject, grouped
+from mrgen.data.cohorts import Problem, find_subjects, read_layouts
 
 SHIPPED = read_layouts(LAYOUTS)
 SCANS = os.environ.get("MRGEN_SCANS")
@@ -147,6 +147,20 @@ def test_nan_and_infinite_voxels(case):
     )
 
 
+def test_finite_is_what_the_store_can_hold(case):
+    """float32: a slope of 1e38 makes numbers that only float64 can say."""
+    path = write_nifti(case / f"{ID}_t2.nii.gz", scan(2))
+    data = bytearray(gzip.decompress(path.read_bytes()))
+    data[112:116] = np.float32(1e38).tobytes()  # scl_slope
+    path.write_bytes(gzip.compress(bytes(data)))
+    n = int((scan(2) > 3).sum())
+    assert f"found {n} NaN or infinite voxels, expected finite intensities" in only_line(case)
+    write_nifti(path, scan(2).astype(np.float64) * 1e300)
+    assert f"found {n} NaN or infinite voxels" in only_line(case)
+    write_nifti(path, scan(2).astype(np.float64) * 1e-300)
+    assert "found 0 in every voxel" in only_line(case)
+
+
 @pytest.mark.parametrize("value", [0, 7])
 def test_volume_of_one_value(case, value):
     path = write_nifti(case / f"{ID}_flair.nii.gz", np.full(SHAPE, value, np.int16))
@@ -210,6 +224,34 @@ def test_colour_is_not_an_intensity(case):
     path = write_nifti(case / f"{ID}_t1.nii.gz", rgb)
     assert f"{path}: found" in only_line(case)
     assert "expected one number a voxel" in only_line(case)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("a\nlibrary's words"), "found scans that cannot be checked (ValueError: a library's words)"),
+        (MemoryError(), "found scans that do not fit into memory; use fewer workers"),
+    ],
+)
+def test_what_no_check_foresaw_costs_the_subject_and_no_other(case, monkeypatch, error, line):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr("mrgen.data.checks.find_brain", fail)
+    assert f"{ID}: {case}: {line}" in only_line(case)
+
+
+def test_what_a_header_left_open_is_a_note(case):
+    subject, problems = check(case.parent)
+    assert not problems
+    assert [Path(note.file).name for note in subject.notes] == [
+        f"{ID}_{name}.nii.gz" for name in ("t1", "t1ce", "t2", "flair", "seg")
+    ]
+    others = [Problem(f"S{i}", "/raw/x.nii", note.message, "note") for i in range(3) for note in subject.notes[:1]]
+    assert grouped([*subject.notes, *others, Problem("S1", "/raw/y.nii", "found another thing", "note")]) == [
+        f"{ID} and 3 more: {ID}_t1.nii.gz and 4 more: found no unit of length in the header; took mm",
+        "S1: y.nii: found another thing",
+    ]
 
 
 def test_all_that_is_wrong_with_a_subject_is_said_at_once(case):

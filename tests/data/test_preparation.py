@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from raw_scans import HEAD_AFFINE, LAYOUTS, head, lesion, scan, write_brats_case, write_nifti, write_wmh_case
+from raw_scans import HEAD_AFFINE, LAYOUTS, head, lesion, scan, write_brats_case, write_mha, write_nifti, write_wmh_case
 from rich.console import Console
 
 from mrgen.data import preparation
-from mrgen.data.layouts import read_layouts
+from mrgen.data.layouts import Layout, read_layouts
 from mrgen.data.preparation import prepare_cohort, render
 from mrgen.data.store import Store, read_subjects
 from mrgen.errors import UserError
@@ -272,6 +272,47 @@ def test_a_store_that_cannot_be_written_says_so(root, tmp_path):
         prepare(root, tmp_path / "file" / "store")
     with pytest.raises(UserError, match=r"data\.store is not set"):
         prepare(root, None)
+
+
+def own_cohort(root):
+    """A cohort of MetaImages with their voxels in files beside them, and its layout."""
+    for i in range(4):
+        write_mha(root / f"S{i}" / "t1.mhd", scan(i), compress=False)
+    return Layout.from_conf({"name": "ours", "subjects": ["S*"], "images": {"t1": "t1.*"}})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_files_made_to_break_a_reader_cost_their_own_subjects(tmp_path, store, workers):
+    root = tmp_path / "raw"
+    layout = own_cohort(root)
+    header = root / "S0" / "t1.mhd"
+    header.write_text(header.read_text().replace("NDims = 3", "NDims = -1"))  # a segmentation fault inside ITK
+    header = root / "S1" / "t1.mhd"
+    header.write_text(header.read_text().replace("t1.raw", "/dev/zero"))
+    (root / "S2" / "t1.raw").unlink()
+    os.mkfifo(root / "S2" / "t1.raw")
+    report = prepare_cohort(layout, root, store, workers=workers, progress=False)
+    assert report.prepared == list(Store(store).subjects) == ["S3"]
+    assert [problem.subject for problem in report.problems] == ["S0", "S1", "S2"]
+    assert report.exit_code == 1
+
+
+def test_other_voxels_behind_the_same_header_are_prepared_anew(tmp_path, store):
+    root = tmp_path / "raw"
+    layout = own_cohort(root)
+    prepare_cohort(layout, root, store, workers=0, progress=False)
+    (root / "S1" / "t1.raw").write_bytes(scan(7).tobytes("F"))
+    report = prepare_cohort(layout, root, store, workers=0, progress=False)
+    assert (report.prepared, report.unchanged) == (["S1"], ["S0", "S2", "S3"])
+    np.testing.assert_array_equal(Store(store).subjects["S1"].read_image()[0], scan(7)[::-1, ::-1])
+
+
+def test_what_headers_left_open_is_said_and_no_problem(root, store):
+    report = prepare(root, store)
+    assert len(report.notes) == 15
+    assert report.exit_code == 0
+    line = f"{IDS[0]} and 2 more: {IDS[0]}_t1.nii.gz and 4 more: found no unit of length in the header; took mm"
+    assert line in text(report).splitlines()
 
 
 def test_a_file_that_vanishes_during_the_run_is_one_line(root, store, monkeypatch):

@@ -11,7 +11,8 @@ import pytest
 from raw_scans import BRATS_AFFINE, scan
 
 from mrgen.data import synthetic_files
-from mrgen.data.synthetic_files import SyntheticFiles, nifti_bytes, read_header
+from mrgen.data.nifti import nifti_header
+from mrgen.data.synthetic_files import SyntheticFiles, nifti_bytes
 from mrgen.errors import UserError
 
 OLD, NEW = {"made_from": {"checkpoint": "old"}}, {"made_from": {"checkpoint": "new"}}
@@ -239,7 +240,7 @@ def test_a_scans_header_is_kept_but_for_what_its_numbers_meant(tmp_path: Path, k
     nibabel.save(source, tmp_path / f"scan{suffix}")
 
     values = scan(1).astype(np.float32) / 3
-    content = nifti_bytes(values, BRATS_AFFINE, "synthetic", read_header(tmp_path / f"scan{suffix}"))
+    content = nifti_bytes(values, BRATS_AFFINE, "synthetic", nifti_header(tmp_path / f"scan{suffix}"))
     (tmp_path / "synthetic.nii.gz").write_bytes(content)
     image = nibabel.load(tmp_path / "synthetic.nii.gz")
     assert isinstance(image, kind)
@@ -262,20 +263,9 @@ def test_labels_are_bytes_whatever_the_scan_was(tmp_path: Path):
         np.testing.assert_array_equal(np.asanyarray(image.dataobj), labels)
 
 
-def test_a_header_without_an_affine_stays_without_one(tmp_path: Path):
-    """An old ANALYZE export: the scan and its synthesis are placed alike, by whatever rule a viewer has."""
-    source = nibabel.Nifti1Image(scan(), None)
-    nibabel.save(source, tmp_path / "scan.nii")
-    source = nibabel.load(tmp_path / "scan.nii")
-    content = nifti_bytes(scan().astype(np.float32), source.affine, "synthetic", read_header(tmp_path / "scan.nii"))
-    image = nibabel.Nifti1Image.from_bytes(gzip.decompress(content))
-    assert (int(image.header["sform_code"]), int(image.header["qform_code"])) == (0, 0)
-    np.testing.assert_array_equal(image.affine, source.affine)
-
-
 def test_what_is_no_nifti_has_no_header_and_the_same_content_makes_the_same_file(tmp_path: Path):
     (tmp_path / "scan.mha").write_bytes(b"ObjectType = Image\n")
-    assert read_header(tmp_path / "scan.mha") is None
+    assert nifti_header(tmp_path / "scan.mha") is None
     first, second = (nifti_bytes(scan().astype(np.float32), BRATS_AFFINE, "synthetic") for _ in range(2))
     assert first == second
     image = nibabel.Nifti1Image.from_bytes(gzip.decompress(first))

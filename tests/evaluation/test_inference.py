@@ -1,11 +1,12 @@
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mrgen.evaluation import inference, memory
+from mrgen.evaluation import inference
 from mrgen.evaluation.inference import WholeSegmenter, WholeSynthesizer, infer
 from mrgen.evaluation.memory import free_bytes, peak_bytes
 from mrgen.nets.deepmedic import DeepMedic
@@ -366,7 +367,7 @@ def test_a_group_may_be_allowed_less_than_the_machine_has(monkeypatch, tmp_path)
             raise FileNotFoundError(path)
         return files[str(path)]
 
-    monkeypatch.setattr(memory.Path, "read_text", read_text)
+    monkeypatch.setattr(Path, "read_text", read_text)
     assert free_bytes(torch.device("cpu")) == int(0.6 * 32000 * 1024)
     files["/sys/fs/cgroup/job/memory.max"] = "10000000\n"
     files["/sys/fs/cgroup/job/memory.stat"] = "anon 4000000\nfile 123\n"

@@ -1,6 +1,9 @@
 """mrgen-prepare: from a cohort on disk, or one that it grows, to a checked store."""
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,6 +110,19 @@ def test_a_bad_subject_is_named_and_left_out(mrgen: Script, tmp_path: Path, raw:
     called = mrgen("prepare", *arguments, "strict=false")
     assert called.code == 0
     assert "1 bad" in called.out
+
+
+def test_a_name_that_the_terminal_cannot_show_is_shown_as_bytes(raw: Path, tmp_path: Path):
+    root = spoilt(raw, tmp_path)
+    folder = next(path for path in root.rglob("BraTS19_*") if path.is_dir() and not list(path.glob("*_t2.nii*")))
+    folder = folder.rename(folder.with_name("BraTS19_X_\udcff_1"))  # a byte that is no UTF-8
+    command = [sys.executable, "-m", "mrgen.prepare", "data=brats2019", f"data.root={root}", "check=true", "workers=0"]
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=ascii_only, cwd=tmp_path)
+    assert ended.returncode == 1
+    assert folder.name.encode("ascii", "backslashreplace").decode() in ended.stdout
+    assert "2 good, 1 bad" in ended.stdout
+    assert "Traceback" not in ended.stderr
 
 
 def test_checking_a_bad_subject_fails_too(mrgen: Script, tmp_path: Path, raw: Path):

@@ -103,10 +103,14 @@ def synthesize(conf: DictConfig) -> int:
         for job, reading in _read_ahead(pool, method, layout, jobs):
             try:
                 scans = reading.result()
+                _say(*scans.notes)
                 made = method.make(scans)
             except UserError as error:
                 left_out.add(job.subject.id)
                 _say(str(error))
+            except MemoryError:
+                left_out.add(job.subject.id)
+                _say(f"{job.subject.id}: does not fit into memory; free some, or leave it out")
             else:
                 if writing is not None:
                     _say(writing.result())

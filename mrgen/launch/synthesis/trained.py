@@ -11,13 +11,15 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from mrgen import __version__
-from mrgen.data.checks import check_subject
+from mrgen.data.checks import check_subject, grouped
 from mrgen.data.cohorts import Layout, SubjectFiles
 from mrgen.data.crops import Box
+from mrgen.data.nifti import nifti_header
 from mrgen.data.normalisation import measured_statistics
+from mrgen.data.reading import files_of
 from mrgen.data.store import bounding_box, settings_digest, stored_type
 from mrgen.data.stored_subject import to_orientation
-from mrgen.data.synthetic_files import nifti_bytes, read_header
+from mrgen.data.synthetic_files import nifti_bytes
 from mrgen.errors import UserError
 from mrgen.evaluation.inference import WholeSegmenter, WholeSynthesizer
 from mrgen.launch.instantiate import plain
@@ -42,6 +44,7 @@ class Scans:
         box: what the network sees, around the brain or of whole slices.
         affine: 4×4, the files' own voxels to RAS+ world.
         header: of the first source, None where it is no NIfTI.
+        notes: lines on what the headers left open or had wrong.
     """
 
     id: str
@@ -50,6 +53,7 @@ class Scans:
     box: Box
     affine: np.ndarray
     header: Any
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,11 @@ class TrainedMethod:
             UserError: a scan is gone.
         """
         try:
-            stats = {name: (path.name, path.stat()) for name, path in subject.images.items()}
+            stats = {
+                name + " voxels" * i: (part.name, part.stat())
+                for name, path in subject.images.items()
+                for i, part in enumerate(files_of(path))
+            }
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be read ({error.strerror}), expected an image") from error
         return {
@@ -150,7 +158,7 @@ class TrainedMethod:
             loaded, problems = check_subject(subject, layout)
             if loaded is None:
                 raise UserError("\n".join(map(str, problems)))
-            header = read_header(subject.images[self.sources[0]])
+            header = nifti_header(subject.images[self.sources[0]])
         except OSError as error:
             raise UserError(f"{subject.id}: cannot be read ({error.strerror or error}); restore its scans") from error
         image = stored_type(np.stack([loaded.volumes[name] for name in self.sources]))  # (C, X, Y, Z)
@@ -167,7 +175,9 @@ class TrainedMethod:
         brain_box = bounding_box(loaded.brain)
         # Norms take their statistics from what they see, so it is as much as in training; more for a larger brain.
         box = self._view(brain_box, loaded.brain.shape, subject.site)
-        return Scans(subject.id, volumes, loaded.brain, box, loaded.original_affine, header)
+        return Scans(
+            subject.id, volumes, loaded.brain, box, loaded.original_affine, header, tuple(grouped(loaded.notes))
+        )
 
     def make(self, scans: Scans) -> Made:
         """What the method makes of a subject's scans.

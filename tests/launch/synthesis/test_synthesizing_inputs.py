@@ -1,6 +1,7 @@
 """mrgen-synthesize: what it finds below a folder, what it says of each subject, and what it refuses."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -59,11 +60,12 @@ def test_a_subject_that_lacks_a_sequence_is_named_and_the_others_are_made(
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-200]), "found a truncated gzip stream"),
         (lambda path: path.write_bytes(b"text"), "found no NIfTI header"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "found a pipe or a device"),
         (lambda path: changed(path, lambda a: np.where(a > 0, a, np.nan).astype(np.float32)), "NaN or infinite voxels"),
         (lambda path: changed(path, lambda a: a[:-1]), "found the shape 47×48×31, expected 48×48×31"),
         (lambda path: changed(path, lambda a: a, shift=10), "found an affine up to 2 voxels off"),
     ],
-    ids=["truncated", "no image", "NaN", "shape", "affine"],
+    ids=["truncated", "no image", "pipe", "NaN", "shape", "affine"],
 )
 def test_a_bad_scan_is_named_and_the_others_are_made(
     rsnet_run: Path, phantom_cohort: Path, tmp_path: Path, capsys, spoil: Callable[[Path], Any], said: str
@@ -77,6 +79,27 @@ def test_a_bad_scan_is_named_and_the_others_are_made(
     assert good.startswith(f"{B}: found")
     assert "1 made, 0 skipped, 1 left out" in summary
     assert [path.name for path in output.iterdir()] == [B]
+
+
+def test_a_header_that_was_mended_is_said_and_the_synthesis_lies_where_the_scan_does(
+    rsnet_run: Path, phantom_cohort: Path, tmp_path: Path, capsys
+):
+    """An sform of unit sides beside a pixdim and a qform of 5 mm, in the scan whose header the synthesis gets."""
+    root = copied(phantom_cohort, tmp_path / "scans", A)
+    reference = made(rsnet_run, root, tmp_path / "reference", *ONE_PASS)
+    scan = nibabel.load(root / A / f"{A}_t1.nii.gz")
+    lacking = scan.affine.copy()
+    lacking[:3, :3] /= 5
+    volume = nibabel.Nifti1Image(np.asanyarray(scan.dataobj), scan.affine, scan.header)
+    volume.set_sform(lacking, 1)
+    nibabel.save(volume, root / A / f"{A}_t1.nii.gz")
+    capsys.readouterr()
+    output = made(rsnet_run, root, tmp_path / "out", *ONE_PASS)
+    assert capsys.readouterr().out.splitlines()[1] == (
+        f"{A}: {A}_t1.nii.gz: found an sform without voxel sides, but a pixdim and a qform of 5×5×5 mm; took the qform"
+    )
+    np.testing.assert_allclose(image(output).affine, scan.affine, atol=1e-5)
+    np.testing.assert_array_equal(values(output), values(reference))
 
 
 def changed(path: Path, change: Callable[[np.ndarray], np.ndarray], shift: float = 0) -> None:
