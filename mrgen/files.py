@@ -13,7 +13,15 @@ from typing import Any, BinaryIO
 
 from mrgen.errors import UserError
 
-__all__ = ["open_without_links", "read_json", "read_text", "remove_leftovers", "replacing", "write_json"]
+__all__ = [
+    "open_to_read",
+    "open_without_links",
+    "read_json",
+    "read_text",
+    "remove_leftovers",
+    "replacing",
+    "write_json",
+]
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, the user's share of it, what the process may write
 # Of a process, or of a split. Nobody else's files are named like that.
@@ -99,6 +107,19 @@ def write_json(path: Path, content: Any) -> None:
         file.write(text.encode())
 
 
+def open_to_read(path: Path) -> BinaryIO:
+    """A file, opened for reading where reading ends: neither a pipe, which waits, nor a device.
+
+    Raises:
+        OSError: it cannot be opened; EINVAL where it is no file.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(mode := os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "a folder" if stat.S_ISDIR(mode) else "a pipe or a device", str(path))
+    return open(handle, "rb")
+
+
 def read_text(path: Path, *, expected: str, remedy: str) -> str:
     """The text of a small UTF-8 file of ours, which may be damaged.
 
@@ -111,7 +132,8 @@ def read_text(path: Path, *, expected: str, remedy: str) -> str:
         UserError: it cannot be read.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        with open_to_read(path) as file:
+            return file.read().decode("utf-8")
     except UnicodeDecodeError as error:
         found = f"byte {error.start} is no UTF-8"
     except OSError as error:
