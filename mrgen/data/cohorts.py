@@ -182,8 +182,8 @@ def _files_of(
     folder = path if _is_folder(folders, path) else path.parent
     raw_id = _raw_id(layout, folders, place, path)
     subject = subject_id(raw_id)
-    if (why := _refused(layout, folders, place, raw_id, subject)) is not None:
-        return None, [Problem(subject or path.name, str(path), *why)]
+    if (refusal := _refused(layout, folders, place, raw_id, subject)) is not None:
+        return None, [Problem(subject or path.name, str(path), *refusal)]
     values = {name: _value(layout, name, place, folders.root, table, raw_id) for name in FIELD_NAMES}
     folders.listing(folder)
     if folder in folders.unreadable:
@@ -324,7 +324,7 @@ def _value(
         text = table.value(raw_id, rule["column"]) if table else ""
         texts = [text] if text else []
     else:
-        texts = _texts(place, root) if rule else []
+        texts = list(_texts(place, root)) if rule else []
     for text in texts:
         if "pattern" not in rule:
             return text

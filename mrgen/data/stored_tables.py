@@ -1,9 +1,11 @@
 """What a store says of itself, and whether its files are what it says: damage is found before anybody reads voxels."""
 
 import hashlib
+import io
 import math
 import os
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,18 @@ from mrgen.data.stored_subject import BRAIN, IMAGE, LABEL, STRUCTURE
 from mrgen.errors import UserError
 from mrgen.files import open_to_read, read_json
 
-__all__ = ["COHORT", "SUBJECT", "VERSION", "checksums", "find_damage", "read_cohort", "read_subjects", "scan_subjects"]
+__all__ = [
+    "COHORT",
+    "FILES",
+    "SUBJECT",
+    "VERSION",
+    "DamagedError",
+    "checksums",
+    "find_damage",
+    "read_cohort",
+    "read_subjects",
+    "scan_subjects",
+]
 
 VERSION = 1
 SUBJECT, COHORT = "subject.json", "cohort.json"
@@ -21,17 +34,25 @@ _ARRAYS = {IMAGE: ("int16", "float32"), LABEL: ("uint8",), BRAIN: ("uint8", "boo
 FILES = {SUBJECT, *_ARRAYS}
 
 
+class DamagedError(UserError):
+    """A table of a store that cannot be used, and that a preparation writes anew."""
+
+
 def read_cohort(store: Path | str) -> dict[str, Any] | None:
     """`cohort.json` as a dict, or None where there is none.
 
     Raises:
-        UserError: it cannot be read, or its version is another.
+        DamagedError: it cannot be read.
+        UserError: its version is another.
     """
     path = Path(store) / COHORT
     if not os.path.lexists(path):
         return None
     remedy = "mrgen-prepare with the same data=… writes it anew; a synthetic cohort is generated anew"
-    cohort = read_json(path, expected="a store's table", remedy=remedy)
+    try:
+        cohort = read_json(path, expected="a store's table", remedy=remedy)
+    except UserError as error:
+        raise DamagedError(str(error)) from None
     wrong = "no mapping" if not isinstance(cohort, dict) else None
     if wrong is None and cohort.get("version") != VERSION:
         if isinstance(cohort.get("version"), int):
@@ -42,7 +63,7 @@ def read_cohort(store: Path | str) -> dict[str, Any] | None:
         if wrong is None and not fits(cohort.get(key)):
             wrong = f"{key}: {cohort.get(key)!r:.80}"
     if wrong is not None:
-        raise UserError(f"{path}: cannot be read as a store's table ({wrong}); {remedy}")
+        raise DamagedError(f"{path}: cannot be read as a store's table ({wrong}); {remedy}")
     return cohort  # type: ignore[no-any-return]
 
 
@@ -95,11 +116,11 @@ def _is_texts(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and -1e300 < value < 1e300  # not isinstance: true is an int
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return type(value) is int and value >= 0
 
 
 def _is_shape(value: Any) -> bool:
@@ -108,11 +129,10 @@ def _is_shape(value: Any) -> bool:
 
 def _is_affine(value: Any) -> bool:
     rows = isinstance(value, list) and len(value) == 4 and all(isinstance(row, list) and len(row) == 4 for row in value)
-    return (
-        rows
-        and all(_is_number(number) for row in value for number in row)
-        and abs(np.linalg.det(np.array(value, float)[:3, :3])) > 0
-    )
+    if not rows or not all(_is_number(number) for row in value for number in row):
+        return False
+    (a, b, c, _), (d, e, f, _), (g, h, i, _), _ = value
+    return bool(a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g))  # it can be inverted
 
 
 def _is_box(value: Any) -> bool:
@@ -241,14 +261,29 @@ def find_damage(folder: Path, table: Mapping[str, Any], *, contents: bool = Fals
 
 def _array_damage(path: Path, shape: tuple[int, ...], kinds: tuple[str, ...]) -> str | None:
     with open_to_read(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(128)
+        for kind in kinds:  # parsing headers takes longer than all the rest
+            header, needed = _as_saved(shape, kind)
+            if start.startswith(header):
+                return None if size == needed else f"{size:,} bytes, expected {needed:,}"
+        file.seek(0)
         version = np.lib.format.read_magic(file)
-        if version == (1, 0):  # all that np.save writes of plain arrays
-            found, fortran, kind = np.lib.format.read_array_header_1_0(file)
-        else:
+        if version != (1, 0):  # all that np.save writes of plain arrays
             return f"format {version[0]}.{version[1]}, expected 1.0"
-        size, needed = os.fstat(file.fileno()).st_size, file.tell() + math.prod(shape) * kind.itemsize
-    if kind.name not in kinds or kind.byteorder == ">":
-        return f"{kind} numbers, expected {' or '.join(kinds)}"
+        found, fortran, found_kind = np.lib.format.read_array_header_1_0(file)
+        needed = file.tell() + math.prod(shape) * found_kind.itemsize
+    if found_kind.name not in kinds or found_kind.byteorder == ">":
+        return f"{found_kind} numbers, expected {' or '.join(kinds)}"
     if found != shape or fortran:
         return f"shape {found}{' by columns' if fortran else ''}, expected {shape}"
     return None if size == needed else f"{size:,} bytes, expected {needed:,}"
+
+
+@lru_cache(maxsize=64)
+def _as_saved(shape: tuple[int, ...], kind: str) -> tuple[bytes, int]:
+    """The header that np.save writes, and the size of the file."""
+    header = io.BytesIO()
+    layout = {"descr": np.dtype(kind).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, layout)
+    return header.getvalue(), len(header.getvalue()) + math.prod(shape) * np.dtype(kind).itemsize

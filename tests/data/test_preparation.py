@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from raw_scans import HEAD_AFFINE, LAYOUTS, head, lesion, scan, write_brats_case, write_nifti, write_wmh_case
+from raw_scans import HEAD_AFFINE, LAYOUTS, head, lesion, scan, scan_of, write_brats_case, write_nifti, write_wmh_case
 from rich.console import Console
 
 from mrgen.data import preparation
@@ -50,7 +50,7 @@ def test_a_cohort_becomes_a_store(root, store):
     assert list(subjects) == IDS
     subject = subjects[IDS[0]]
     assert (subject.patient, subject.grade, subject.site) == ("BraTS19_X_1", "HGG", "X")
-    np.testing.assert_array_equal(subject.read_image(["flair"])[0], scan(3)[::-1, ::-1])
+    np.testing.assert_array_equal(subject.read_image(["flair"])[0], scan_of(IDS[0], "flair")[::-1, ::-1])
     np.testing.assert_array_equal(subject.read_label(), lesion()[::-1, ::-1])
     assert report.summary == "BraTS 2019: 3 prepared"
 
@@ -224,7 +224,7 @@ def test_other_modalities_hide_every_subject_until_it_is_prepared_anew(root, sto
     prepare(root, store, modalities=["flair", "t1"])
     whole = Store(store)
     assert list(whole.subjects) == IDS
-    np.testing.assert_array_equal(whole.subjects[IDS[2]].read_image()[0], scan(3)[::-1, ::-1])
+    np.testing.assert_array_equal(whole.subjects[IDS[2]].read_image()[0], scan_of(IDS[2], "flair")[::-1, ::-1])
 
 
 def test_a_store_of_another_cohort_is_refused_and_left_alone(root, store, tmp_path):
