@@ -124,7 +124,10 @@ def recognise_layouts(root: Path | str, known_layouts: Mapping[str, Layout]) -> 
     counts = {}
     for name, layout in known_layouts.items():
         folders = Folders(Path(root), layout.exclude)
-        counts[name] = sum(1 for _, path in _places(layout, folders) if _has_image(layout, folders, path))
+        counts[name] = sum(
+            _has_image(layout, folders, path) and _other_collection(layout, folders, place) is None
+            for place, path in _places(layout, folders)
+        )
     return {name: n for name, n in sorted(counts.items(), key=lambda item: -item[1]) if n}
 
 
@@ -238,11 +241,17 @@ def _refused(layout: Layout, folders: Folders, place: str, raw_id: str, subject:
         )
         expected = f"expected letters or digits, up to {LONGEST_ID} bytes, and not {' or '.join(RESERVED_IDS)}"
         return f"{found}; {expected}; rename it, or set fields.id in the layout", "no id"
-    for pattern, advice in layout.other_collections.items():
-        where = f"layout {layout.name}: other_collections"
-        if any(search(pattern, text, where) for text in _texts(place, folders.root)):
-            return f"found a scan of another collection, expected {layout.title}; {advice}", "another collection"
+    if (advice := _other_collection(layout, folders, place)) is not None:
+        return f"found a scan of another collection, expected {layout.title}; {advice}", "another collection"
     return None
+
+
+def _other_collection(layout: Layout, folders: Folders, place: str) -> str | None:
+    """Of a folder that looks like a subject of the cohort and is none: what the layout says to do."""
+    where = f"layout {layout.name}: other_collections"
+    texts = _texts(place, folders.root)
+    found = (a for p, a in layout.other_collections.items() if any(search(p, text, where) for text in texts))
+    return next(found, None)
 
 
 def _first_match(folders: Folders, folder: Path, patterns: Sequence[str], raw_id: str) -> tuple[list[Path], list[str]]:
