@@ -14,6 +14,7 @@ from mrgen.data.crops import BrainBox, Crop, WholeVolume
 from mrgen.data.dataset import CropDataset
 from mrgen.data.generated import read_generated
 from mrgen.data.guides import Guide, fit_guides
+from mrgen.data.identity import scan_of, twins
 from mrgen.data.loader import ResumableLoader, ignore_signals
 from mrgen.data.mix import Mix, MixedSlices
 from mrgen.data.normalisation import Normalisation, stored_statistics
@@ -21,7 +22,6 @@ from mrgen.data.sampler import EvaluationSampler, TrainingSampler, Turn
 from mrgen.data.slice_dataset import SliceDataset, SubjectSlices
 from mrgen.data.slices import AxialSlice, SiteSlices
 from mrgen.data.splits import make_split
-from mrgen.data.identity import scan_of, twins
 from mrgen.data.store import Store, StoredSubject
 from mrgen.data.unpaired import SequenceSlices, slices_with_lesion
 from mrgen.errors import UserError
@@ -97,8 +97,8 @@ class CohortDataModule(LightningDataModule):
         if not self.store.subjects:
             hidden = f", but {self.store.hidden} of other settings" if self.store.hidden else ""
             raise UserError(
-                f"{self.store.path}: holds no prepared subject{hidden}; run mrgen-prepare with the same data=… and look at "
-                "what it says"
+                f"{self.store.path}: holds no prepared subject{hidden}; run mrgen-prepare with the same data=… and "
+                "look at what it says"
             )
         if not subjects:
             raise UserError(
@@ -151,8 +151,8 @@ class CohortDataModule(LightningDataModule):
             if side[one] != side[other]:
                 raise UserError(
                     f"{self.store.path}: {one} ({side[one]}) and {other} ({side[other]}) hold the same voxels "
-                    f"({', '.join(sequences)}), so that what is learned would be tested; remove the copy from the cohort "
-                    "and from the store, or leave it out of data.split"
+                    f"({', '.join(sequences)}), so that what is learned would be tested; remove the copy from the "
+                    "cohort and from the store, or leave it out of data.split"
                 )
 
     @cached_property

@@ -348,8 +348,8 @@ def _check_copies(datamodule: CohortDataModule, run: Run, ids: tuple[str, ...]) 
     if copies := twins(evaluated, trained) if trained else []:
         named = ", ".join(f"{one} as {other}" for one, other, _ in copies[:3]) + (" …" if len(copies) > 3 else "")
         raise UserError(
-            f"{run.path} was trained on the voxels of {len(copies)} of the {len(ids)} subjects to evaluate, under other "
-            f"names ({named}, in {store.path}); leave them out of the store, or train without them"
+            f"{run.path} was trained on the voxels of {len(copies)} of the {len(ids)} subjects to evaluate, under "
+            f"other names ({named}, in {store.path}); leave them out of the store, or train without them"
         )
     return []
 
