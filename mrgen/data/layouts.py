@@ -188,6 +188,8 @@ class Layout:
                     f"{where}: regions.{name} is {members}, expected some of {sorted(given)}, which "
                     f"label_maps.{self.numbered_for} gives"
                 )
+        if empty := [name for name, patterns in self.images.items() if not patterns]:
+            raise UserError(f"{where}: images.{empty[0]} has no pattern; expected one such as '*_{empty[0]}.nii*'")
         if self.table and (set(self.table) != {"files", "id"}):
             raise UserError(f"{where}: table has the keys {sorted(self.table)}, expected files, id")
         if columns := [key for key, rule in self.fields.items() if "column" in rule and not self.table]:
