@@ -106,9 +106,11 @@ def _read(path: Path, id_column: str) -> tuple[list[str], list[dict[str, str]]]:
     delimiter = max(_DELIMITERS, key=lambda d: (id_column in columns(d), len(columns(d))))
     names = columns(delimiter)
     rows = []
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     next((cells for cells in reader if any(cell.strip() for cell in cells)), None)  # the header
     for cells in reader:
+        if any("\n" in cell for cell in cells):
+            raise ValueError("a quotation mark is not closed")
         row = {name: " ".join(cell.split()) for name, cell in zip(names, cells, strict=False) if name}
         if row.get(id_column):
             rows.append(row)

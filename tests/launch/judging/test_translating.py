@@ -101,7 +101,7 @@ def test_folds_come_together_in_one_table(tmp_path: Path, phantom_store: Path):
 
 def test_all_subjects_of_another_store(tmp_path: Path, phantom_store: Path, snet_run: Path, sweep: Path):
     """The protocol without ground truth: nobody there has a label, and nobody was trained on."""
-    other = unlabelled(phantom_store, tmp_path / "other", brighter=1)
+    other = unlabelled(phantom_store, tmp_path / "other", sweep / "1", brighter=1)
     out = judged(
         tmp_path / "out", sweep / "1", overrides=(f"store='{other}'", "subjects=all", f"segmenter='{snet_run}'")
     )
@@ -112,11 +112,11 @@ def test_all_subjects_of_another_store(tmp_path: Path, phantom_store: Path, snet
     assert "agreement with the segmentation from the real sequences" in (out / "table.md").read_text()
 
 
-def unlabelled(store: Path, other: Path, *, brighter: int) -> Path:
-    """Two subjects of a store as if they were other people's."""
+def unlabelled(store: Path, other: Path, run: Path, *, brighter: int) -> Path:
+    """Two subjects that a run was trained on, as if they were other people's."""
     known = Store(store)
     write_cohort(other, known.layout, known.modalities)
-    for subject in list(known.subjects.values())[:2]:
+    for subject in (known.subjects[id] for id in Split.load(run / "split.json").train[:2]):
         arrays = {"image": subject.read_image() + brighter, "brain": subject.read_brain(), "affine": subject.affine}
         write_subject(other, id=f"new_{subject.id}", **arrays)
     return other
