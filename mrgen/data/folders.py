@@ -72,7 +72,10 @@ class Folders:
                         if _is_of_system(entry.name):
                             continue
                         names.append(entry.name)
-                        if entry.is_dir() and not (entry.is_symlink() and self._leads_back(folder, entry.name)):
+                        # Path.is_dir and not entry.is_dir, which raises over a link that leads to itself
+                        if Path(entry.path).is_dir() if entry.is_symlink() else entry.is_dir():
+                            if entry.is_symlink() and self._leads_back(folder, entry.name):
+                                continue
                             folders.add(entry.name)
             except OSError as error:
                 self.unreadable[folder] = error.strerror or type(error).__name__

@@ -38,6 +38,7 @@ from mrgen.data.stored_tables import (
     read_cohort,
     read_subjects,
     scan_subjects,
+    table_checksum,
 )
 from mrgen.errors import UserError
 from mrgen.files import open_without_links
@@ -236,6 +237,7 @@ def write_subject(
         "checksums": checksums(given, cohort["modalities"]),
         "revision": uuid.uuid4().hex,
     }
+    table["checksum"] = table_checksum(table)
     partial = store / f".{id}.{uuid.uuid4().hex[:8]}.partial"
     try:
         partial.mkdir()

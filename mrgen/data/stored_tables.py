@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -56,7 +57,7 @@ def read_cohort(store: Path | str) -> dict[str, Any] | None:
     wrong = "no mapping" if not isinstance(cohort, dict) else None
     if wrong is None and cohort.get("version") != VERSION:
         if isinstance(cohort.get("version"), int):
-            found = f"found store version {cohort['version']}, expected {VERSION}"
+            found = f"found store version {cohort['version']!r:.20}, expected {VERSION}"
             raise UserError(f"{path}: {found}; prepare into a new data.store")
         wrong = "no version"
     for key, fits in _COHORT_KEYS.items():
@@ -83,11 +84,13 @@ def scan_subjects(store: Path | str) -> tuple[dict[str, dict[str, Any]], dict[st
     damaged: dict[str, str] = {}
     try:
         with os.scandir(store) as entries:
-            folders = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+            names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
     except OSError as error:
         raise UserError(f"data.store={store}: cannot be read ({error.strerror}); expected a prepared store") from error
-    for name in folders:
+    for name in names:
         folder = Path(store) / name
+        if not folder.is_dir():
+            continue
         if not os.path.lexists(folder / SUBJECT):
             if any(os.path.lexists(folder / file) for file in _ARRAYS):
                 damaged[name] = f"no {SUBJECT}"
@@ -218,6 +221,12 @@ def checksums(arrays: Mapping[str, np.ndarray], modalities: tuple[str, ...] | li
     return found
 
 
+def table_checksum(table: Mapping[str, Any]) -> str:
+    """SHA-256 of a `subject.json` but for this number itself."""
+    rest = {key: value for key, value in table.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def _checksum(array: np.ndarray, kind: str) -> str:
     digest = hashlib.sha256(str(array.shape).encode())
     digest.update(np.ascontiguousarray(array, dtype=kind).data)
@@ -251,6 +260,8 @@ def find_damage(folder: Path, table: Mapping[str, Any], *, contents: bool = Fals
             return f"{name}: no array ({' '.join(str(error).split())[:80]})"
     if not contents:
         return None
+    if "checksum" in table and table["checksum"] != table_checksum(table):
+        return f"{SUBJECT}: other values than were written"
     if not recorded:
         return "prepared before checksums were recorded"
     for name, now in checksums(arrays, table["modalities"]).items():
