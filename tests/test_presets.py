@@ -53,7 +53,10 @@ NETWORKS = [preset for preset in TRAININGS if ".brain_clustering." not in alone(
 # A preset that only changes another one says nothing of cohorts that the other does not say.
 CHANGES = [p for p in PRESETS if any(isinstance(d, str) and "/" in d for d in settings(p).get("defaults", []))]
 # To a preset these are BraTS 2019, BraTS 2015 and WMH 2017 over again, of other files: one preset will do.
-ALIKE = ("brats2017", "brats2018", "brats2020", "brats2021", "phantom_brats2015", "phantom_wmh")
+ALIKE = (
+    *(f"brats{year}" for year in ("2017", "2018", "2020", "2021", "2024_gli", "2024_ped")),
+    *("phantom_brats2015", "phantom_wmh"),
+)
 COHORTS = sorted(file.stem for file in (CONF_DIR / "data").glob("*.yaml") if file.stem != "base")
 GROUPS = {
     folder.relative_to(CONF_DIR).as_posix(): sorted(file.stem for file in folder.glob("*.yaml"))

@@ -30,6 +30,32 @@ def find_brain(
     return brain, head, "head"
 
 
+def why_no_brain(mask: np.ndarray, volumes: Sequence[np.ndarray], *, skull_stripped: bool) -> str | None:
+    """Why a mask that somebody made cannot be of this brain: flipped, of another subject, of the whole grid.
+
+    Args:
+        mask: (X, Y, Z) bool.
+        volumes: one (X, Y, Z) array for each sequence, on the mask's grid.
+        skull_stripped: whether everything but the brain was removed from the scans.
+
+    Returns:
+        What was found, what was expected and what to do; None for a mask that may be right.
+    """
+    if mask.mean() > 0.95:
+        return f"found a mask of {mask.mean():.0%} of the grid, expected the brain alone; make it again"
+    levels = [background(volume) for volume in volumes]
+    pairs = zip(volumes, levels, strict=True)
+    scanned = np.any([np.abs(volume - np.float32(level)) > tolerance for volume, (level, tolerance) in pairs], axis=0)
+    inside = float(scanned[mask].mean())
+    held = float(mask[scanned].mean()) if scanned.any() else 0.0
+    if inside < 0.5 or (skull_stripped and held < 0.5):
+        return (
+            f"found a mask of which {inside:.0%} is no background, and which holds {held:.0%} of what is none, "
+            "expected this subject's brain; is it another's, or flipped?"
+        )
+    return None
+
+
 def _not_background(volumes: Sequence[np.ndarray]) -> np.ndarray:
     """At least half of the sequences differ from their background; large connected parts, holes filled.
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mrgen.data.brain import find_brain
+from mrgen.data.brain import find_brain, why_no_brain
 from mrgen.data.cohorts import Layout, Problem, SubjectFiles
 from mrgen.data.nifti import largest_shift
 from mrgen.data.reading import BadFileError, read_volume
 
 LARGEST_SHIFT = 0.1  # of the smallest voxel side: float32 headers differ by far less, misregistration by far more
 OUTSIDE_MARGIN = 2  # voxels around the brain in which a label is still at its edge
+LABEL_ROUNDING = 1e-3  # how far a label may be from a whole number: resampling and slopes leave 3.9999999991 for 4
 LARGEST_OUTSIDE = 0.01  # of the labelled voxels: stray clicks of annotators are no reason to refuse a subject
 
 
@@ -24,7 +25,7 @@ class LoadedSubject:
         volumes: one (X, Y, Z) array for each modality, intensities as in the files.
         label: (X, Y, Z) uint8, or None.
         brain: (X, Y, Z) bool.
-        brain_method: see `mrgen.data.brain.find_brain`.
+        brain_method: see `mrgen.data.brain.find_brain`; `mask` where the user brings one.
         affine: 4×4, canonical voxels to RAS+ world.
         original_affine: 4×4, the files' voxels to RAS+ world.
         original_shape: the files' shape.
@@ -85,8 +86,11 @@ def _check(files: SubjectFiles, layout: Layout) -> tuple[LoadedSubject | None, l
 
     volumes: dict[str, np.ndarray] = {}
     label: np.ndarray | None = None
+    mask: np.ndarray | None = None
     reference: tuple[Path, tuple[int, ...], np.ndarray] | None = None
-    for name, path in (*files.images.items(), *((("label", files.label),) if files.label else ())):
+    for name, path in (*files.images.items(), ("label", files.label), ("brain", files.brain)):
+        if path is None:
+            continue
         try:
             volume = read_volume(path)
             array, affine = volume.array, volume.affine
@@ -94,6 +98,9 @@ def _check(files: SubjectFiles, layout: Layout) -> tuple[LoadedSubject | None, l
             if name == "label" and path is files.label:
                 array = _checked_label(array, layout)
                 label = array
+            elif name == "brain" and path is files.brain:
+                array = _checked_mask(array)
+                mask = array
             else:
                 _check_intensities(array)
                 volumes[name] = array
@@ -123,7 +130,13 @@ def _check(files: SubjectFiles, layout: Layout) -> tuple[LoadedSubject | None, l
     volumes = {name: turn(volume) for name, volume in volumes.items()}
     label = None if label is None else turn(label)
     spacing = np.linalg.norm(canonical_affine[:3, :3], axis=0)
-    brain, allowed, method = find_brain(list(volumes.values()), spacing, skull_stripped=layout.skull_stripped)
+    if mask is None or files.brain is None:
+        brain, allowed, method = find_brain(list(volumes.values()), spacing, skull_stripped=layout.skull_stripped)
+    else:
+        brain = allowed = turn(mask)
+        method = "mask"
+        if (wrong := why_no_brain(brain, list(volumes.values()), skull_stripped=layout.skull_stripped)) is not None:
+            blame(files.brain, "brain mask", wrong)
     if not brain.any():
         blame(next(iter(files.images.values())), "no brain", "found no brain, expected intensities above a background")
     elif label is not None and files.label is not None and (lost := _outside(label, allowed)):
@@ -154,16 +167,32 @@ def _check_intensities(array: np.ndarray) -> None:
 
 
 def _checked_label(array: np.ndarray, layout: Layout) -> np.ndarray:
+    expected = ", ".join(map(str, layout.label_values))
+    return _whole_numbers(
+        array,
+        set(layout.label_values),
+        "label numbers",
+        f"the label {{found}}, expected {expected} ({layout.title}); is the layout another year's?",
+    )
+
+
+def _checked_mask(array: np.ndarray) -> np.ndarray:
+    mask = _whole_numbers(array, {0, 1}, "brain mask", "{found}, expected 0 and 1: a mask of the brain; binarise it")
+    if not mask.any():
+        raise BadFileError("brain mask", "found an empty mask, expected 1 in the brain; make it again")
+    return mask.astype(np.bool_)
+
+
+def _whole_numbers(array: np.ndarray, allowed: set[int], kind: str, message: str) -> np.ndarray:
+    """(X, Y, Z) uint8 of numbers that are allowed, as far as rounding goes. Raises BadFileError for others."""
     values, counts = np.unique(array, return_counts=True)
-    bad = [(v, n) for v, n in zip(values.tolist(), counts.tolist(), strict=True) if v not in layout.label_values]
-    if bad:
-        found = ", ".join(f"{v:g} ({n} voxel{'s' * (n != 1)})" for v, n in bad[:4]) + (", …" if len(bad) > 4 else "")
-        expected = ", ".join(map(str, layout.label_values))
-        raise BadFileError(
-            "label numbers",
-            f"found the label {found}, expected {expected} ({layout.title}); is the layout another year's?",
-        )
-    return array.astype(np.uint8)
+    whole = np.rint(values)
+    good = (np.abs(values - whole) <= LABEL_ROUNDING) & np.isin(whole, list(allowed))  # NaN is near nothing
+    if not good.all():
+        bad = [(v, n) for v, n in zip(values[~good], counts[~good].tolist(), strict=True)]
+        found = [f"{np.format_float_positional(v, trim='-')} ({n} voxel{'s' * (n != 1)})" for v, n in bad[:4]]
+        raise BadFileError(kind, "found " + message.format(found=", ".join(found) + ", …" * (len(bad) > 4)))
+    return np.rint(array).astype(np.uint8)
 
 
 def _canonical(affine: np.ndarray, shape: tuple[int, ...]):

@@ -8,9 +8,14 @@ from pathlib import Path
 
 from mrgen.data.folders import Folders
 from mrgen.data.layouts import FIELD_NAMES, Layout, read_layouts
+from mrgen.data.patterns import search
+from mrgen.data.subject_table import SubjectTable, read_tables
 from mrgen.errors import UserError
 
 __all__ = ["Layout", "Problem", "SubjectFiles", "find_subjects", "read_layouts", "recognise_layouts"]
+
+RESERVED_IDS = ("cohort.json", "generated.json")  # files of a store, beside its subjects
+LONGEST_ID = 200  # bytes; a name has 255, of which the store adds some while it writes
 
 
 @dataclass(frozen=True)
@@ -22,20 +27,30 @@ class Problem:
         file: the file or folder that is at fault.
         message: what was found, what was expected, what to do.
         kind: a few words for the summary, such as "missing sequence".
+        of_subject: False where it is of the cohort or the store as a whole, which are no rows of the report.
     """
 
     subject: str
     file: str
     message: str
     kind: str
+    of_subject: bool = True
 
     def __str__(self) -> str:
-        return f"{self.subject}: {self.file}: {self.message}"
+        return printable(f"{self.subject}: {self.file}: {self.message}")
+
+
+def printable(text: str) -> str:
+    """Names of files as a terminal can show them: no line breaks, no control sequences, no bytes that are no text."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 @dataclass(frozen=True)
 class SubjectFiles:
-    """Where one subject's scans lie. `images` is in the order of the modalities asked for."""
+    """Where one subject's scans lie. `images` is in the order of the modalities asked for.
+
+    `brain` is a mask that the user brings, where the layout has a pattern for it; `raw_id` is the id as files have it.
+    """
 
     id: str
     patient: str
@@ -44,6 +59,8 @@ class SubjectFiles:
     folder: Path
     images: dict[str, Path]
     label: Path | None
+    brain: Path | None = None
+    raw_id: str = ""
 
 
 def find_subjects(
@@ -63,7 +80,8 @@ def find_subjects(
 
     Returns:
         The subjects that have everything, sorted by id, and one problem for each file or folder that is missing,
-        ambiguous or unreadable. A subject with a problem is not among the subjects; a subject without a label is.
+        ambiguous or unreadable. A folder with a problem makes no subject; one without a label does. A second copy
+        that lacks something is a problem beside the subject that has everything.
 
     Raises:
         UserError: no such root, an unknown modality, or nothing below the root matches.
@@ -78,7 +96,10 @@ def find_subjects(
     folders = Folders(root, layout.exclude)
     names = list(modalities or layout.images)
     places = _places(layout, folders)
-    table = _read_table(layout, folders) if places else {}
+    table = SubjectTable()
+    if layout.table and places:
+        ids = {_raw_id(layout, folders, place, path) for place, path in places}
+        table = read_tables(layout, folders.find(root, layout.table["files"]), ids)
     found = [_files_of(layout, folders, place, path, names, table) for place, path in places]
     subjects = [subject for subject, _ in found if subject is not None]
     problems = [problem for _, several in found for problem in several]
@@ -90,10 +111,12 @@ def find_subjects(
         for path, why in folders.unreadable.items()
         if path not in broken
     ]
+    problems += [Problem("table", str(path), what, "table", of_subject=False) for path, what in table.problems.items()]
     if not subjects and not problems:
         raise UserError(_nothing_matches(layout, root, known_layouts or {}))
     subjects, duplicates = _without_duplicates(subjects)
-    return sorted(subjects, key=lambda s: s.id), problems + duplicates
+    subjects, copies = _without_copies(subjects)
+    return sorted(subjects, key=lambda s: s.id), problems + duplicates + copies
 
 
 def recognise_layouts(root: Path | str, known_layouts: Mapping[str, Layout]) -> dict[str, int]:
@@ -101,7 +124,10 @@ def recognise_layouts(root: Path | str, known_layouts: Mapping[str, Layout]) -> 
     counts = {}
     for name, layout in known_layouts.items():
         folders = Folders(Path(root), layout.exclude)
-        counts[name] = sum(1 for _, path in _places(layout, folders) if _has_image(layout, folders, path))
+        counts[name] = sum(
+            _has_image(layout, folders, path) and _other_collection(layout, folders, place) is None
+            for place, path in _places(layout, folders)
+        )
     return {name: n for name, n in sorted(counts.items(), key=lambda item: -item[1]) if n}
 
 
@@ -154,13 +180,14 @@ def _has_image(layout: Layout, folders: Folders, path: Path) -> bool:
 
 
 def _files_of(
-    layout: Layout, folders: Folders, place: str, path: Path, modalities: list[str], table: dict[str, dict[str, str]]
+    layout: Layout, folders: Folders, place: str, path: Path, modalities: list[str], table: SubjectTable
 ) -> tuple[SubjectFiles | None, list[Problem]]:
     folder = path if _is_folder(folders, path) else path.parent
     raw_id = _raw_id(layout, folders, place, path)
-    row = table.get(raw_id, {})
-    values = {name: _value(layout.fields.get(name, {}), place, folders.root, row) for name in FIELD_NAMES}
-    subject = re.sub(r"[^\w.+-]+", "_", raw_id).strip("._")
+    subject = subject_id(raw_id)
+    if (refusal := _refused(layout, folders, place, raw_id, subject)) is not None:
+        return None, [Problem(subject or path.name, str(path), *refusal)]
+    values = {name: _value(layout, name, place, folders.root, table, raw_id) for name in FIELD_NAMES}
     folders.listing(folder)
     if folder in folders.unreadable:
         why = folders.unreadable[folder]
@@ -179,12 +206,52 @@ def _files_of(
     labels, patterns = _first_match(folders, folder, layout.label, raw_id)
     if len(labels) > 1:
         problems.append(_several(subject, "label", labels, patterns))
+    masks, patterns = _first_match(folders, folder, layout.brain, raw_id)
+    if len(masks) > 1:
+        problems.append(_several(subject, "brain", masks, patterns))
+    elif layout.brain and not masks:
+        message = f"found no brain mask, expected {' or '.join(patterns)}; make it, or take brain out of the layout"
+        problems.append(Problem(subject, str(folder), message, "missing brain mask"))
     if problems:
         return None, problems
-    label = labels[0] if labels else None
-    patient = values["patient"] or raw_id
     images = {modality: files[0] for modality, (files, _) in hits.items()}
-    return SubjectFiles(subject, patient.replace("/", "_"), values["grade"], values["site"], folder, images, label), []
+    return SubjectFiles(
+        id=subject,
+        patient=(values["patient"] or raw_id).replace("/", "_"),
+        grade=values["grade"],
+        site=values["site"],
+        folder=folder,
+        images=images,
+        label=labels[0] if labels else None,
+        brain=masks[0] if masks else None,
+        raw_id=raw_id,
+    ), []
+
+
+def subject_id(raw_id: str) -> str:
+    """An id as the name of a folder."""
+    return re.sub(r"[^\w.+-]+", "_", raw_id).strip("._")
+
+
+def _refused(layout: Layout, folders: Folders, place: str, raw_id: str, subject: str) -> tuple[str, str] | None:
+    """Why a folder is no subject of this cohort, whatever it holds: message and kind; None where it may be one."""
+    if not subject or len(subject.encode()) > LONGEST_ID or subject in RESERVED_IDS:
+        found = (
+            f"found {raw_id!r}, which gives no name of a folder in the store" if len(raw_id) < 99 else "found a long id"
+        )
+        expected = f"expected letters or digits, up to {LONGEST_ID} bytes, and not {' or '.join(RESERVED_IDS)}"
+        return f"{found}; {expected}; rename it, or set fields.id in the layout", "no id"
+    if (advice := _other_collection(layout, folders, place)) is not None:
+        return f"found a scan of another collection, expected {layout.title}; {advice}", "another collection"
+    return None
+
+
+def _other_collection(layout: Layout, folders: Folders, place: str) -> str | None:
+    """Of a folder that looks like a subject of the cohort and is none: what the layout says to do."""
+    where = f"layout {layout.name}: other_collections"
+    texts = _texts(place, folders.root)
+    found = (a for p, a in layout.other_collections.items() if any(search(p, text, where) for text in texts))
+    return next(found, None)
 
 
 def _first_match(folders: Folders, folder: Path, patterns: Sequence[str], raw_id: str) -> tuple[list[Path], list[str]]:
@@ -219,43 +286,63 @@ def _without_duplicates(subjects: list[SubjectFiles]) -> tuple[list[SubjectFiles
     return [same[0] for same in by_id.values() if len(same) == 1], problems
 
 
+# What systems and people append to the name of a copy; a bare number is as often a visit's.
+_COPY = re.compile(r"(.+?)[ _.-]*(?:\(\d+\)|(?:copy|kopie|copie|copia)(?: ?\(?\d+\)?)?|old|bak|backup)", re.IGNORECASE)
+
+
+def _without_copies(subjects: list[SubjectFiles]) -> tuple[list[SubjectFiles], list[Problem]]:
+    """`ID (1)`, `ID - Copy` and `ID_old` beside `ID` would be patients of their own, tested while `ID` trains.
+
+    Copies whose voxels are the same are found whatever they are called; these may have been exported anew.
+    """
+    known = {subject.raw_id: subject for subject in subjects}
+    kept, problems = [], []
+    for subject in subjects:
+        found = _COPY.fullmatch(subject.raw_id)
+        original = known.get(found[1]) if found else None
+        if original is None:
+            kept.append(subject)
+            continue
+        message = (
+            f"found what is called like a copy of {original.id} ({original.folder}), expected every scan once; remove "
+            "it, or rename it where it is another scan"
+        )
+        problems.append(Problem(subject.id, str(subject.folder), message, "copy"))
+    return kept, problems
+
+
 def _is_folder(folders: Folders, path: Path) -> bool:
     return path == folders.root or path.name in folders.listing(path.parent)[1]
 
 
 def _raw_id(layout: Layout, folders: Folders, place: str, path: Path) -> str:
     """The id as it stands in file names; slashes are still in it."""
-    if found := _value(layout.fields.get("id", {}), place, folders.root, {}):
+    if found := _value(layout, "id", place, folders.root):
         return found
     if _is_folder(folders, path):
         return path.resolve().name if path == folders.root else path.name
     return path.name.split(".", 1)[0]
 
 
-def _value(rule: Mapping[str, str], place: str, root: Path, row: Mapping[str, str]) -> str | None:
+def _value(
+    layout: Layout, name: str, place: str, root: Path, table: SubjectTable | None = None, raw_id: str = ""
+) -> str | None:
+    """What a field's rule finds in the subject's path, or in its row of the table."""
+    rule = layout.fields.get(name, {})
     if "column" in rule:
-        text = row.get(rule["column"], "")
-        texts = [text] if text not in ("", "NA", "nan") else []
-    elif rule:
-        above = root.resolve()
-        texts = [place, f"{above.parent.name}/{above.name}/{place}"]  # data.root may point at …/HGG
+        text = table.value(raw_id, rule["column"]) if table else ""
+        texts = [text] if text else []
     else:
-        return None
+        texts = list(_texts(place, root)) if rule else []
     for text in texts:
         if "pattern" not in rule:
             return text
-        if found := re.search(rule["pattern"], text):
+        if found := search(rule["pattern"], text, f"layout {layout.name}: fields.{name}"):
             return next((group for group in found.groups() if group), found.group())
     return None
 
 
-def _read_table(layout: Layout, folders: Folders) -> dict[str, dict[str, str]]:
-    import csv
-
-    rows: dict[str, dict[str, str]] = {}
-    for path in folders.find(folders.root, layout.table["files"]) if layout.table else []:
-        with open(path, newline="", encoding="utf-8-sig", errors="replace") as lines:
-            for row in csv.DictReader(lines):
-                if key := row.get(layout.table["id"]):
-                    rows[key] = {k: v or "" for k, v in row.items() if k}
-    return rows
+def _texts(place: str, root: Path) -> tuple[str, str]:
+    """A subject's path below the root, and the same with two folders above: data.root may point at …/HGG."""
+    above = root.resolve()
+    return place, f"{above.parent.name}/{above.name}/{place}"

@@ -14,6 +14,7 @@ from mrgen.data.crops import BrainBox, Crop, WholeVolume
 from mrgen.data.dataset import CropDataset
 from mrgen.data.generated import read_generated
 from mrgen.data.guides import Guide, fit_guides
+from mrgen.data.identity import scan_of, twins
 from mrgen.data.loader import ResumableLoader, ignore_signals
 from mrgen.data.mix import Mix, MixedSlices
 from mrgen.data.normalisation import Normalisation, stored_statistics
@@ -93,6 +94,12 @@ class CohortDataModule(LightningDataModule):
         self.regions = layout.numbered(labels).regions  # of these classes, for evaluation
 
         subjects = {id: s for id, s in self.store.subjects.items() if s.labelled or not labelled}
+        if not self.store.subjects:
+            hidden = f", but {self.store.hidden} of other settings" if self.store.hidden else ""
+            raise UserError(
+                f"{self.store.path}: holds no prepared subject{hidden}; run mrgen-prepare with the same data=… and "
+                "look at what it says"
+            )
         if not subjects:
             raise UserError(
                 f"{self.store.path}: none of {len(self.store.subjects)} subjects has a label, which training needs; "
@@ -102,6 +109,8 @@ class CohortDataModule(LightningDataModule):
         self.split.check(subjects)
         if not self.split.train:
             raise UserError("data.split leaves no subject for training")
+        if generated is None:  # synthetic subjects may share a brain
+            self._check_twins()
 
         for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
             if value < least:
@@ -134,6 +143,17 @@ class CohortDataModule(LightningDataModule):
             if not isinstance(sampling, SiteSlices):
                 raise UserError("a method of unpaired sequences needs axial slices; set data/sampling=slices")
             self._lesioned = slices_with_lesion(self.training_slices)
+
+    def _check_twins(self) -> None:
+        """Raises UserError for one scan under two names on two sides of the split."""
+        side = {id: name for name in ("train", "val", "test") for id in getattr(self.split, name)}
+        for one, other, sequences in twins(scan_of(self.store.subjects[id]) for id in side):
+            if side[one] != side[other]:
+                raise UserError(
+                    f"{self.store.path}: {one} ({side[one]}) and {other} ({side[other]}) hold the same voxels "
+                    f"({', '.join(sequences)}), so that what is learned would be tested; remove the copy from the "
+                    "cohort and from the store, or leave it out of data.split"
+                )
 
     @cached_property
     def guides(self) -> dict[str, Guide]:

@@ -9,6 +9,9 @@ from functools import cache
 from pathlib import Path
 
 _MAGIC = re.compile(r"[*?\[]")
+# What systems leave beside people's files: macOS's archives, Synology's and Windows's folders, a disk's repair shop.
+_SYSTEM = {"__macosx", "@eadir", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "lost+found"}
+_SYSTEM_FILES = {"thumbs.db", "desktop.ini", "icon\r"}
 _KNOWN_SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr")
 
 
@@ -35,11 +38,15 @@ def _matches(names: tuple[str, ...], segments: tuple[str, ...]) -> bool:
     return bool(names) and bool(_segment(segments[0]).match(names[0])) and _matches(names[1:], segments[1:])
 
 
+def _is_of_system(name: str) -> bool:
+    return name.startswith(".") or name.casefold() in _SYSTEM or name.casefold() in _SYSTEM_FILES
+
+
 class Folders:
     """The folders below one root, listed lazily and remembered.
 
-    Hidden names (macOS leaves `._scan.nii.gz` behind) match no wildcard. Symbolic links are followed, unless they lead
-    back to a folder that contains them.
+    Hidden names (macOS leaves `._scan.nii.gz` behind) and what systems leave behind (`__MACOSX`) are not there for any
+    pattern. Symbolic links are followed, unless they lead back to a folder that contains them.
 
     Args:
         root: the folder that patterns start from.
@@ -62,8 +69,13 @@ class Folders:
             try:
                 with os.scandir(folder) as entries:
                     for entry in entries:
+                        if _is_of_system(entry.name):
+                            continue
                         names.append(entry.name)
-                        if entry.is_dir() and not (entry.is_symlink() and self._leads_back(folder, entry.name)):
+                        # Path.is_dir and not entry.is_dir, which raises over a link that leads to itself
+                        if Path(entry.path).is_dir() if entry.is_symlink() else entry.is_dir():
+                            if entry.is_symlink() and self._leads_back(folder, entry.name):
+                                continue
                             folders.add(entry.name)
             except OSError as error:
                 self.unreadable[folder] = error.strerror or type(error).__name__
@@ -116,7 +128,7 @@ class Folders:
         if segment == "**":
             yield from self._find(folder, rest or ("*",))
             for name in names:
-                if name in folders and not name.startswith(".") and not self._excluded(folder / name):
+                if name in folders and not self._excluded(folder / name):
                     yield from self._find(folder / name, segments)
             return
         for name in self._candidates(names, segment):
@@ -136,7 +148,7 @@ class Folders:
             name = names[i]
             if not name.startswith(start):
                 return
-            if _segment(segment).match(name) and (start or not name.startswith(".")):
+            if _segment(segment).match(name):
                 yield name
 
     def _excluded(self, path: Path) -> bool:

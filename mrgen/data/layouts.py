@@ -18,19 +18,23 @@ A layout is a YAML file (`conf/data/layout/*.yaml`, or the user's own), so that 
     regions: {ET: [3], WT: [1, 2, 3], TC: [1, 3]}   # numbers that label_maps.regions gives
     numbered_for: regions                    # or those of another map
     skull_stripped: true
+    brain: "*_mask.nii*"                     # optional: a mask of the brain that somebody else made
+    other_collections: {"BraTS-PED-": use data=brats2024_ped}   # paths that look alike, refused with this advice
 
-Patterns of images and of the label start at the subject's folder; with a leading `/` they start at the root; `{id}` in
-them is the subject's id.
+Patterns of images, of the label and of the brain start at the subject's folder; with a leading `/` they start at the
+root; `{id}` in them is the subject's id.
 """
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mrgen.data import layout_table as read
+from mrgen.data.layout_table import plain_table, read_table, text
+from mrgen.data.patterns import check_expression, checked_globs
 from mrgen.errors import UserError
 
 FIELD_NAMES = ("id", "patient", "grade", "site")
@@ -42,7 +46,7 @@ class Layout:
 
     `label_values` are the numbers in the files, which the store keeps; `label_maps` turn them into those of a task at
     load (255: ignored by losses and metrics), `classes` name the result and `regions` are unions of numbers that
-    the map `numbered_for` gives.
+    the map `numbered_for` gives. `other_collections` are regular expressions, searched like those of `fields`.
     """
 
     name: str
@@ -59,6 +63,8 @@ class Layout:
     regions: dict[str, list[int]] = field(default_factory=dict)
     numbered_for: str = "regions"
     skull_stripped: bool = True
+    brain: tuple[str, ...] = ()
+    other_collections: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_conf(cls, conf: Mapping[str, Any] | str | Path) -> "Layout":
@@ -70,37 +76,18 @@ class Layout:
         where = "layout"
         if isinstance(conf, str | Path):
             where = str(conf)
-            conf = _read_yaml(Path(conf))
-        table = _plain(conf)
+            conf = read_table(Path(conf))
+        table = plain_table(conf, where)
         if not isinstance(table, dict):
             raise UserError(f"{where}: found {type(table).__name__}, expected a mapping with the keys {_KEYS}")
         if unknown := sorted(set(map(str, table)) - set(_KEYS)):
             raise UserError(f"{where}: unknown key {', '.join(unknown)}; valid keys are {', '.join(_KEYS)}")
         if missing := [key for key in _REQUIRED if not table.get(key)]:
             raise UserError(f"{where}: missing key {', '.join(missing)}; required are {', '.join(_REQUIRED)}")
-        where = f"layout {table['name']}"
-        try:
-            layout = cls(
-                name=str(table["name"]),
-                title=str(table.get("title") or table["name"]),
-                subjects=_globs(table["subjects"], where, "subjects"),
-                exclude=_globs(table.get("exclude"), where, "exclude"),
-                fields=_fields(table.get("fields") or {}, where),
-                table=dict(table.get("table") or {}),
-                images={str(k): _globs(v, where, f"images.{k}") for k, v in table["images"].items()},
-                label=_globs(table.get("label"), where, "label"),
-                label_values={int(k): str(v) for k, v in (table.get("label_values") or {}).items()},
-                label_maps={
-                    name: {int(k): int(v) for k, v in numbers.items()}
-                    for name, numbers in (table.get("label_maps") or {}).items()
-                },
-                classes={name: [str(c) for c in names] for name, names in (table.get("classes") or {}).items()},
-                regions={name: [int(n) for n in numbers] for name, numbers in (table.get("regions") or {}).items()},
-                numbered_for=str(table.get("numbered_for") or "regions"),
-                skull_stripped=bool(table.get("skull_stripped", True)),
-            )
-        except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{where}: a value has the wrong form ({error}); see docs on cohort layouts") from error
+        where = f"layout {text(table['name'], f'{where}: name')}"
+        given = {key: value for key, value in table.items() if value is not None}
+        layout = cls(**{key: _READ[key](value, f"{where}: {key}") for key, value in given.items()})
+        layout = replace(layout, title=layout.title or layout.name)
         if not layout.label_maps:
             layout = layout._with_plain_maps()
         layout._check(where)
@@ -108,7 +95,7 @@ class Layout:
 
     def to_conf(self) -> dict[str, Any]:
         """The table as plain containers; `from_conf` reads it back."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        return plain_table({f.name: getattr(self, f.name) for f in fields(self)}, f"layout {self.name}")
 
     def label_lookup(self, labels: str) -> np.ndarray:
         """A table that maps the store's label numbers at load: `lookup[label]`.
@@ -194,6 +181,15 @@ class Layout:
         if self.regions and self.numbered_for not in self.label_maps:
             maps = ", ".join(self.label_maps)
             raise UserError(f"{where}: numbered_for is {self.numbered_for}, expected one of label_maps: {maps}")
+        for name, members in self.regions.items():
+            given = set(self.label_maps[self.numbered_for].values()) - {0, 255}
+            if not members or not given.issuperset(members):
+                raise UserError(
+                    f"{where}: regions.{name} is {members}, expected some of {sorted(given)}, which "
+                    f"label_maps.{self.numbered_for} gives"
+                )
+        if empty := [name for name, patterns in self.images.items() if not patterns]:
+            raise UserError(f"{where}: images.{empty[0]} has no pattern; expected one such as '*_{empty[0]}.nii*'")
         if self.table and (set(self.table) != {"files", "id"}):
             raise UserError(f"{where}: table has the keys {sorted(self.table)}, expected files, id")
         if columns := [key for key, rule in self.fields.items() if "column" in rule and not self.table]:
@@ -210,45 +206,52 @@ def read_layouts(folder: Path) -> dict[str, Layout]:
     return {layout.name: layout for layout in layouts}
 
 
-def _read_yaml(path: Path) -> Any:
-    import yaml
+def _fields(value: Any, where: str) -> dict[str, dict[str, str]]:
+    def rule(value: Any, where: str) -> dict[str, str]:
+        parsed = {"pattern": value} if isinstance(value, str) else read.mapping(value, where, text)
+        if not parsed or set(parsed) - {"pattern", "column"} or (where.endswith("fields.id") and "column" in parsed):
+            raise UserError(f"{where} has {sorted(parsed)}, expected a pattern or {{column, pattern}}")
+        check_expression(parsed.get("pattern", ""), where)
+        return parsed
 
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}), expected a layout as YAML") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        first = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: is no YAML ({first}), expected a layout; quote patterns that start with *") from error
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    return value
+    if isinstance(value, dict) and (unknown := sorted(set(map(str, value)) - set(FIELD_NAMES))):
+        layout = where.removesuffix(": fields")
+        raise UserError(f"{layout}: unknown field {', '.join(unknown)}; valid fields are {', '.join(FIELD_NAMES)}")
+    return read.mapping(value, where, rule)
 
 
-def _globs(value: Any, where: str, key: str) -> tuple[str, ...]:
-    patterns = [value] if isinstance(value, str) else list(value or ())
-    for pattern in patterns:
-        if not isinstance(pattern, str) or not pattern.strip("/") or ".." in pattern.split("/"):
-            raise UserError(f"{where}: {key}: {pattern!r} is no glob pattern; expected something like '*_t1.nii*'")
-    return tuple(patterns)
-
-
-def _fields(rules: Mapping[str, Any], where: str) -> dict[str, dict[str, str]]:
-    if unknown := sorted(set(rules) - set(FIELD_NAMES)):
-        raise UserError(f"{where}: unknown field {', '.join(unknown)}; valid fields are {', '.join(FIELD_NAMES)}")
-    parsed = {}
-    for name, rule in rules.items():
-        rule = {"pattern": rule} if isinstance(rule, str) else dict(rule)
-        if not rule or set(rule) - {"pattern", "column"} or (name == "id" and "column" in rule):
-            raise UserError(f"{where}: fields.{name} has {sorted(rule)}, expected a pattern or {{column, pattern}}")
-        try:
-            re.compile(rule.get("pattern", ""))
-        except re.error as error:
-            raise UserError(f"{where}: fields.{name}: {rule['pattern']!r} is no regular expression: {error}") from error
-        parsed[name] = {key: str(text) for key, text in rule.items()}
+def _expressions(value: Any, where: str) -> dict[str, str]:
+    parsed = read.mapping(value, where, text)
+    for pattern in parsed:
+        check_expression(pattern, where)
     return parsed
+
+
+def _table(value: Any, where: str) -> dict[str, str]:
+    parsed = read.mapping(value, where, text)
+    if "files" in parsed:
+        checked_globs(parsed["files"], f"{where}.files")
+    return parsed
+
+
+# How each key is read.
+_READ: dict[str, Any] = {
+    "name": text,
+    "title": text,
+    "subjects": checked_globs,
+    "exclude": checked_globs,
+    "fields": _fields,
+    "table": _table,
+    "images": lambda value, where: read.mapping(value, where, checked_globs, key=read.word),
+    "label": checked_globs,
+    "label_values": lambda value, where: read.mapping(value, where, text, key=read.number),
+    "label_maps": lambda value, where: read.mapping(
+        value, where, lambda v, w: read.mapping(v, w, read.number, key=read.number)
+    ),
+    "classes": lambda value, where: read.mapping(value, where, read.names),
+    "regions": lambda value, where: read.mapping(value, where, read.numbers),
+    "numbered_for": text,
+    "skull_stripped": read.truth,
+    "brain": checked_globs,
+    "other_collections": _expressions,
+}

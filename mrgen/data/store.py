@@ -16,6 +16,7 @@ is not shown.
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,17 +27,30 @@ from typing import Any
 import numpy as np
 
 from mrgen.data.layouts import Layout
+from mrgen.data.measures import bounding_box, statistics, stored_type
 from mrgen.data.stored_subject import BRAIN, IMAGE, LABEL, STRUCTURE, Box, StoredSubject, to_original
+from mrgen.data.stored_tables import (
+    COHORT,
+    SUBJECT,
+    VERSION,
+    checksums,
+    find_damage,
+    read_cohort,
+    read_subjects,
+    scan_subjects,
+    table_checksum,
+)
 from mrgen.errors import UserError
+from mrgen.files import open_without_links
 
-VERSION = 1
-_SUBJECT, _COHORT = "subject.json", "cohort.json"
+_LEFTOVER = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(partial|gone|old)")
 
 __all__ = [
     "Box",
     "Store",
     "StoredSubject",
     "bounding_box",
+    "cohort_table",
     "read_cohort",
     "read_subjects",
     "remove_leftovers",
@@ -64,9 +78,11 @@ class Store:
         modalities: the order of the channels in `image.npy`.
         layout: the cohort's table, with label maps, classes and regions.
         subjects: complete subjects prepared with the cohort's present settings, by id, sorted.
+        hidden: how many there are that were prepared with others.
 
     Raises:
-        UserError: the folder holds no store, or one of another version.
+        UserError: the folder holds no store, one of another version, or a subject that is damaged: all tables, and the
+            types and sizes of all arrays are looked at (0.2 s of 1,251 subjects).
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -74,16 +90,30 @@ class Store:
         cohort = read_cohort(self.path)
         if cohort is None:
             raise UserError(
-                f"{path}: found no {_COHORT}, expected a prepared store; run mrgen-prepare with the "
+                f"{path}: found no {COHORT}, expected a prepared store; run mrgen-prepare with the "
                 "same data=… (and data.root, data.store), or set data.store"
             )
         self.name: str = cohort["name"]
         self.modalities: tuple[str, ...] = tuple(cohort["modalities"])
         self.layout = Layout.from_conf(cohort["layout"])
+        tables, damaged = scan_subjects(self.path)
+        shown = {id_: table for id_, table in tables.items() if table["settings"] == cohort["settings"]}
+        self.hidden = len(tables) - len(shown)
+        for id_, table in shown.items():
+            other = table["modalities"] != cohort["modalities"]
+            found = f"{SUBJECT}: other sequences than the store" if other else find_damage(self.path / id_, table)
+            if found is not None:
+                damaged[id_] = found
+        if damaged:
+            id_, found = next(iter(damaged.items()))
+            more = f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+            raise UserError(
+                f"{self.path / id_}: the prepared subject is damaged ({found}){more}; mrgen-prepare with the same "
+                "data=… mends it (verify=true compares all voxels); of a synthetic cohort, delete its folder and "
+                "generate anew"
+            )
         self.subjects: dict[str, StoredSubject] = {
-            id_: StoredSubject.from_table(self.path / id_, table)
-            for id_, table in read_subjects(self.path).items()
-            if table["settings"] == cohort["settings"]
+            id_: StoredSubject.from_table(self.path / id_, table) for id_, table in shown.items()
         }
 
     def __len__(self) -> int:
@@ -93,56 +123,29 @@ class Store:
 def settings_digest(layout: Layout, modalities: Sequence[str]) -> str:
     """A digest of all that decides a subject's arrays beside its files."""
     deciding = [VERSION, list(modalities), sorted(layout.label_values), layout.skull_stripped]
+    deciding += ["brain mask"] * bool(layout.brain)  # its files are the subject's
     return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:16]
 
 
-def read_cohort(store: Path | str) -> dict[str, Any] | None:
-    """`cohort.json` as a dict, or None where there is none.
-
-    Raises:
-        UserError: it cannot be read, or its version is another.
-    """
-    path = Path(store) / _COHORT
-    try:
-        cohort = json.loads(path.read_text(encoding="utf-8"))
-        version = cohort["version"]
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read as a store's table ({type(error).__name__}); prepare anew") from error
-    if version != VERSION:
-        raise UserError(f"{path}: found store version {version}, expected {VERSION}; prepare into a new data.store")
-    return cohort
-
-
-def read_subjects(store: Path | str) -> dict[str, dict[str, Any]]:
-    """The `subject.json` of every complete subject, by id, sorted; also of those prepared with other settings."""
-    tables = {}
-    with os.scandir(store) as entries:
-        folders = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
-    for name in folders:
-        try:
-            tables[name] = json.loads((Path(store) / name / _SUBJECT).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, ValueError):
-            continue  # not ours, or damaged by hand: such a subject counts as not prepared
-    return tables
-
-
-def write_cohort(store: Path | str, layout: Layout, modalities: Sequence[str]) -> None:
-    """Writes `cohort.json` in one step; subjects prepared with other settings disappear from `Store` by that."""
-    store = Path(store)
-    table = {
+def cohort_table(layout: Layout, modalities: Sequence[str]) -> dict[str, Any]:
+    """What `cohort.json` says of a cohort."""
+    return {
         "version": VERSION,
         "name": layout.name,
         "modalities": list(modalities),
         "settings": settings_digest(layout, modalities),
         "layout": layout.to_conf(),
     }
+
+
+def write_cohort(store: Path | str, layout: Layout, modalities: Sequence[str]) -> None:
+    """Writes `cohort.json` in one step; subjects prepared with other settings disappear from `Store` by that."""
+    store = Path(store)
     try:
         store.mkdir(parents=True, exist_ok=True)
-        partial = store / f".{_COHORT}.{uuid.uuid4().hex[:8]}"
-        write_synced(partial, json.dumps(table, indent=1).encode())
-        os.replace(partial, store / _COHORT)
+        partial = store / f".{COHORT}.{uuid.uuid4().hex[:8]}"
+        write_synced(partial, json.dumps(cohort_table(layout, modalities), indent=1).encode())
+        os.replace(partial, store / COHORT)
     except OSError as error:
         raise UserError(f"data.store={store}: cannot be written ({error.strerror}); choose another folder") from error
 
@@ -164,6 +167,7 @@ def write_subject(
     brain_method: str = "given",
     source: Mapping[str, Any] | None = None,
     known: Mapping[str, Mapping[str, float]] | None = None,
+    cohort: Mapping[str, Any] | None = None,
 ) -> StoredSubject:
     """Writes one subject as a whole, in place of an earlier one of its id.
 
@@ -184,6 +188,7 @@ def write_subject(
         source: a fingerprint of what the subject was made from, kept in `subject.json`.
         known: by sequence, statistics that are not to be measured: a synthetic image is normalised by the percentile of
             the scale that it was made on, lest it be stretched to its own.
+        cohort: what `cohort.json` will say (`cohort_table`), where it is not written yet.
 
     Returns:
         The subject as `Store` will show it.
@@ -192,9 +197,11 @@ def write_subject(
         UserError: the store has no `cohort.json` or cannot be written.
     """
     store = Path(store)
-    cohort = read_cohort(store)
+    if not id or id.startswith(".") or "/" in id or "\0" in id or id in (COHORT, "generated.json"):
+        raise ValueError(f"{id!r} is no name of a subject's folder")
+    cohort = cohort or read_cohort(store)
     if cohort is None:
-        raise UserError(f"{store}: found no {_COHORT}, expected a store; write_cohort comes first")
+        raise UserError(f"{store}: found no {COHORT}, expected a store; write_cohort comes first")
     if image.ndim != 4 or image.shape[0] != len(cohort["modalities"]) or brain.shape != image.shape[1:]:
         raise ValueError(f"image {image.shape}, brain {brain.shape}: expected {len(cohort['modalities'])} channels")
     for name, array in (("label", label), ("structure", structure)):
@@ -202,6 +209,10 @@ def write_subject(
             raise ValueError(f"{name} {array.shape}: expected {brain.shape}")
     image, label = stored_type(image), None if label is None else label.astype(np.uint8)
     brain = np.ascontiguousarray(brain, dtype=np.bool_)
+    arrays = {IMAGE: image, LABEL: label, BRAIN: brain.view(np.uint8), STRUCTURE: structure}
+    if structure is not None:
+        arrays[STRUCTURE] = np.ascontiguousarray(structure, dtype=np.bool_).view(np.uint8)
+    given = {name: array for name, array in arrays.items() if array is not None}
     table = {
         "id": id,
         "patient": patient or id,
@@ -223,21 +234,21 @@ def write_subject(
         "brain_method": brain_method,
         "settings": cohort["settings"],
         "source": dict(source or {}),
+        "checksums": checksums(given, cohort["modalities"]),
         "revision": uuid.uuid4().hex,
     }
+    table["checksum"] = table_checksum(table)
     partial = store / f".{id}.{uuid.uuid4().hex[:8]}.partial"
     try:
         partial.mkdir()
-        edges = None if structure is None else np.ascontiguousarray(structure, dtype=np.bool_).view(np.uint8)
-        for name, array in ((IMAGE, image), (LABEL, label), (BRAIN, brain.view(np.uint8)), (STRUCTURE, edges)):
-            if array is not None:
-                with open(partial / name, "wb") as file:
-                    np.save(file, array, allow_pickle=False)
-                    file.flush()
-                    os.fsync(file.fileno())
-        write_synced(partial / _SUBJECT, json.dumps(table, indent=1).encode())
-        remove_subject(store, id)
-        os.rename(partial, store / id)
+        for name, array in given.items():
+            with open(partial / name, "wb") as file:
+                np.save(file, array, allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())
+        write_synced(partial / SUBJECT, json.dumps(table, indent=1).encode())
+        with _set_aside(store, id, "old"):
+            os.rename(partial, store / id)
     except OSError as error:
         raise UserError(f"data.store={store}: {id} cannot be written ({error.strerror})") from error
     finally:
@@ -247,21 +258,51 @@ def write_subject(
 
 def remove_subject(store: Path | str, id: str) -> None:
     """Takes a subject out of the store, if it is there: first out of sight in one step, then off the disk."""
-    gone = Path(store) / f".{id}.{uuid.uuid4().hex[:8]}.gone"
+    with _set_aside(Path(store), id, "gone"):
+        pass
+
+
+@contextmanager
+def _set_aside(store: Path, id: str, why: str) -> Iterator[None]:
+    """Takes what is at a subject's place out of sight, and off the disk once the block has ended well.
+
+    Killed in between, what has the name `old` is put back by `remove_leftovers`, unless a new one is in its place.
+    """
+    if not id or id.startswith(".") or "/" in id:
+        raise ValueError(f"{id!r} is no name of a subject's folder")
+    aside = store / f".{id}.{uuid.uuid4().hex[:8]}.{why}"
     try:
-        os.rename(Path(store) / id, gone)
+        os.rename(store / id, aside)
     except FileNotFoundError:
+        yield
         return
-    shutil.rmtree(gone, ignore_errors=True)
+    try:
+        yield
+    except BaseException:
+        if not os.path.lexists(store / id):
+            os.rename(aside, store / id)
+        raise
+    _discard(aside)
+
+
+def _discard(path: Path) -> None:
+    """Off the disk; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_leftovers(store: Path | str) -> None:
     """Clears what a killed preparation left under hidden names. Nobody else may be writing to the store."""
     for path in Path(store).glob(".*"):
-        if path.name.endswith((".partial", ".gone")):
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name.startswith(f".{_COHORT}."):
-            path.unlink(missing_ok=True)
+        if found := _LEFTOVER.fullmatch(path.name):
+            if found[2] == "old" and not os.path.lexists(path.with_name(found[1])):
+                os.rename(path, path.with_name(found[1]))
+            else:
+                _discard(path)
+        elif path.name.startswith(f".{COHORT}."):
+            _discard(path)
 
 
 @contextmanager
@@ -271,10 +312,10 @@ def sole_writer(store: Path) -> Iterator[None]:
 
     try:
         store.mkdir(parents=True, exist_ok=True)
-        lock = open(store / ".lock", "w")  # noqa: SIM115 (closed below, whatever happens)
+        handle = open_without_links(store / ".lock", os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise UserError(f"data.store={store}: cannot be written ({error.strerror}); choose another folder") from error
-    with lock:
+    with open(handle, "r+b") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -290,47 +331,3 @@ def write_synced(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def stored_type(image: np.ndarray) -> np.ndarray:
-    """Half the bytes of float32 where nothing is lost by it, as in every BraTS release."""
-    limits = np.iinfo(np.int16)
-    whole = np.issubdtype(image.dtype, np.integer) or all(bool(np.all(c == np.rint(c))) for c in image)
-    fits = whole and image.min() >= limits.min and image.max() <= limits.max
-    return np.ascontiguousarray(image, dtype=np.int16 if fits else np.float32)
-
-
-def bounding_box(brain: np.ndarray) -> list[list[int]]:
-    """[[x0, x1], [y0, y1], [z0, z1]] around an (X, Y, Z) mask, ends exclusive; the whole volume where it is empty."""
-    box = []
-    for axis in range(3):
-        inside = np.flatnonzero(brain.any(axis=tuple(a for a in range(3) if a != axis)))
-        box.append([int(inside[0]), int(inside[-1]) + 1] if len(inside) else [0, brain.shape[axis]])
-    return box
-
-
-def statistics(volume: np.ndarray, brain: np.ndarray) -> dict[str, float]:
-    """What a normalisation needs of one sequence, see `StoredSubject.statistics`.
-
-    Args:
-        volume: (X, Y, Z) as `stored_type` leaves it.
-        brain: (X, Y, Z) bool; where it is empty, the whole volume counts.
-    """
-    values = volume[brain].astype(np.float64) if brain.any() else volume.ravel().astype(np.float64)
-    low, q1, q3, high = np.percentile(values, [0.5, 25, 75, 99.5])
-    clipped = np.clip(values, low, high)
-    named = {
-        "min": values.min(),
-        "max": values.max(),
-        "mean": values.mean(),
-        "std": values.std(),
-        "p0_5": low,
-        "q1": q1,
-        "q3": q3,
-        "p99_5": high,
-        "clipped_mean": clipped.mean(),
-        "clipped_std": clipped.std(),
-        "volume_min": volume.min(),
-        "volume_max": volume.max(),
-    }
-    return {name: float(value) for name, value in named.items()}

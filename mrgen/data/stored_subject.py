@@ -34,8 +34,11 @@ class StoredSubject:
         statistics: for each modality, over the brain: min, max, mean, std, p0_5, p99_5 (percentiles), q1, q3,
             clipped_mean, clipped_std (after clipping to the two percentiles); over all voxels: volume_min, volume_max.
         label_counts: voxels of each label number, 0 included; None for an unlabelled subject.
-        brain_method: how the brain was found: `background`, `head`, `head_filled` (see `mrgen.data.brain`) or `given`.
+        brain_method: how the brain was found: `background`, `head`, `head_filled` (see `mrgen.data.brain`), `mask` (a
+            file of the user's) or `given`.
         revision: changes with every preparation.
+        checksums: by file, and of the image by sequence, what `mrgen.data.stored_tables.checksums` says of the voxels;
+            empty where they were prepared before checksums were recorded.
     """
 
     path: Path
@@ -54,6 +57,7 @@ class StoredSubject:
     label_counts: dict[int, int] | None = field(repr=False, compare=False)
     brain_method: str
     revision: str
+    checksums: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_table(cls, path: Path, table: Mapping[str, Any]) -> "StoredSubject":
@@ -75,6 +79,7 @@ class StoredSubject:
             label_counts=None if counts is None else {int(k): int(v) for k, v in counts.items()},
             brain_method=table["brain_method"],
             revision=table["revision"],
+            checksums=table.get("checksums", {}),
         )
 
     @property
@@ -148,7 +153,14 @@ class StoredSubject:
 def _opened(path: str, revision: str) -> np.ndarray:
     # `revision` is in the key so that a subject prepared anew is not read through the old mapping. The plain ndarray
     # view slices faster than np.memmap, whose __array_finalize__ runs for every slice.
-    return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+    except Exception as error:  # damaged since the store was opened; whatever NumPy says of it
+        found = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
+        raise UserError(
+            f"{path}: the prepared subject is damaged ({found}); mrgen-prepare with the same data=… mends it, "
+            "verify=true compares all voxels"
+        ) from error
 
 
 def _crop(array: np.ndarray, box: Box | None, out: np.ndarray | None, fill: float) -> np.ndarray:

@@ -23,7 +23,8 @@ def prepare(conf: DictConfig) -> Report:
         conf: composed config of ``conf/prepare.yaml``.
 
     Returns:
-        What was done. The process ends with exit code 1 where subjects were left out and ``strict`` holds.
+        What was done. The process ends with exit code 1 where subjects were left out and ``strict`` holds, and where
+        none is good.
     """
     # The other keys of the group are training's, and may refer to what only mrgen-train composes.
     data = {key: plain(conf.data.get(key)) for key in ("root", "store", "layout", "modalities", "phantom")}
@@ -53,6 +54,8 @@ def prepare(conf: DictConfig) -> Report:
         workers=conf.workers,
         check=conf.check,
         strict=conf.strict,
+        prune=conf.prune,
+        verify=conf.verify,
         known_layouts=read_layouts(CONF_DIR / "data" / "layout"),
     )
     console = Console()

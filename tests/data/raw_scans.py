@@ -1,5 +1,6 @@
 """Tiny scans written the way challenges ship them: an ellipsoid brain on background 0, with a lesion inside."""
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -46,10 +47,15 @@ def write_mha(path, array, compress=True):
     return path
 
 
+def scan_of(id, name, names=("t1", "t1ce", "t2", "flair")):
+    """What `write_brats_case` writes: every subject has voxels of its own."""
+    return scan(zlib.crc32(id.encode()) % 10**6 * 10 + names.index(name))
+
+
 def write_brats_case(folder, *, label=(1, 2, 4), names=("t1", "t1ce", "t2", "flair"), joint="_", suffix=".nii.gz"):
     """`folder`/<name of folder>_t1.nii.gz and so on; `label=None` leaves it out, as validation folders do."""
-    for seed, name in enumerate(names):
-        write_nifti(folder / f"{folder.name}{joint}{name}{suffix}", scan(seed))
+    for name in names:
+        write_nifti(folder / f"{folder.name}{joint}{name}{suffix}", scan_of(folder.name, name, names))
     if label is not None:
         write_nifti(folder / f"{folder.name}{joint}seg{suffix}", lesion(label))
     return folder
@@ -57,10 +63,11 @@ def write_brats_case(folder, *, label=(1, 2, 4), names=("t1", "t1ce", "t2", "fla
 
 def write_brats2015_case(folder, *, flat=False, label=True):
     """One folder a sequence, as shipped, or all files in one."""
-    number = 54512
-    for seed, name in enumerate(("MR_Flair", "MR_T1", "MR_T1c", "MR_T2")):
-        stem = f"VSD.Brain.XX.O.{name}.{number + seed}"
-        write_mha(folder / ("" if flat else stem) / f"{stem}.mha", scan(seed))
+    number, names = 54512, ("MR_Flair", "MR_T1", "MR_T1c", "MR_T2")
+    for i, name in enumerate(names):
+        stem = f"VSD.Brain.XX.O.{name}.{number + i}"
+        volume = scan_of(f"{folder.parent.name}/{folder.name}", name, names)
+        write_mha(folder / ("" if flat else stem) / f"{stem}.mha", volume)
     if label:
         stem = "VSD.Brain_3more.XX.O.OT.54517"
         write_mha(folder / ("" if flat else stem) / f"{stem}.mha", lesion((1, 2, 3, 4)))
@@ -93,7 +100,7 @@ HEAD_AFFINE = np.diag([3.0, 3.0, 6.0, 1.0])
 
 
 def write_wmh_case(folder, *, label=(1, 2), nested=None):
-    t1, flair, _ = head()
+    t1, flair, _ = head(seed=zlib.crc32(folder.name.encode()))
     write_nifti(folder / "pre" / "T1.nii.gz", t1, HEAD_AFFINE)
     write_nifti(folder / "pre" / "FLAIR.nii.gz", flair, HEAD_AFFINE)
     write_nifti(folder / "pre" / "3DT1.nii.gz", scan())

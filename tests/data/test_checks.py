@@ -14,6 +14,7 @@ from raw_scans import (
     head,
     lesion,
     scan,
+    scan_of,
     write_brats2015_case,
     write_brats_case,
     write_nifti,
@@ -52,7 +53,7 @@ def test_a_good_subject_has_no_problem_and_keeps_its_intensities(case):
     subject, problems = check(case.parent)
     assert not problems
     assert list(subject.volumes) == ["t1", "t1ce", "t2", "flair"]
-    np.testing.assert_array_equal(subject.volumes["t2"], scan(2)[::-1, ::-1])  # LPS file, RAS array
+    np.testing.assert_array_equal(subject.volumes["t2"], scan_of(case.name, "t2")[::-1, ::-1])  # LPS file, RAS array
     np.testing.assert_array_equal(subject.label, lesion()[::-1, ::-1])
     np.testing.assert_array_equal(subject.affine, [[1, 0, 0, -15], [0, 1, 0, 222], [0, 0, 1, 0], [0, 0, 0, 1]])
     np.testing.assert_array_equal(subject.original_affine, BRATS_AFFINE)
@@ -289,7 +290,10 @@ def test_metaimage_is_turned_from_lps_and_zyx(tmp_path):
     write_brats2015_case(tmp_path / "brats_tcia_pat105_0001")
     subject, problems = check(tmp_path, "brats2015")
     assert not problems
-    np.testing.assert_array_equal(subject.volumes["t1"], scan(1)[::-1, ::-1])
+    np.testing.assert_array_equal(
+        subject.volumes["t1"],
+        scan_of(f"{tmp_path.name}/brats_tcia_pat105_0001", "MR_T1", ("MR_Flair", "MR_T1"))[::-1, ::-1],
+    )
     np.testing.assert_array_equal(np.diag(subject.original_affine), [-1, -1, 1, 1])
 
 

@@ -33,7 +33,8 @@ def summary(subjects):
 
 
 def test_every_shipped_layout_is_valid_and_maps_its_own_numbers_to_contiguous_classes():
-    assert list(SHIPPED) == [f"brats20{y}" for y in (15, 17, 18, 19, 20, 21, 23)] + ["wmh2017"]
+    years = ("15", "17", "18", "19", "20", "21", "23", "24_gli", "24_ped")
+    assert list(SHIPPED) == [*(f"brats20{year}" for year in years), "wmh2017"]
     for layout in SHIPPED.values():
         mapped = set(layout.label_maps["regions"].values()) - {255}
         assert mapped == set(range(1, len(layout.classes["regions"])))

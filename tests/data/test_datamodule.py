@@ -37,8 +37,8 @@ def written(folder, layout, labels, *, modalities=("t1", "flair")):
     write_cohort(folder, Layout.from_conf(CONF_DIR / "data" / "layout" / f"{layout}.yaml"), modalities)
     brain = np.zeros((8, 8, 8), bool)
     brain[1:7, 1:7, 1:7] = True
-    image = np.random.default_rng(0).integers(1, 100, (len(modalities), 8, 8, 8)) * brain
     for i, counts in enumerate(labels):
+        image = np.random.default_rng(i).integers(1, 100, (len(modalities), 8, 8, 8)) * brain
         label = None
         if counts is not None:
             inside, values = np.flatnonzero(brain), [n for n, count in counts.items() for _ in range(count)]
@@ -390,6 +390,24 @@ def test_unlabelled_subjects_take_no_part(tmp_path):
     assert sorted(split.train + split.val) == ["s0", "s2"]
     with pytest.raises(UserError, match="s1"):
         make(store, modalities=("t1",), split={"kind": "explicit", "train": ["s0", "s1"], "val": [], "test": []})
+
+
+def test_one_scan_under_two_names_may_not_stand_on_two_sides(tmp_path):
+    store = written(tmp_path, "brats2019", [{1: 9}, {2: 9}, {4: 9}])
+    first = Store(store).subjects["s0"]
+    arrays = {"image": first.read_image(), "brain": first.read_brain(), "label": first.read_label()}
+    write_subject(store, id="s0_again", affine=np.eye(4), **arrays)
+    split = {"kind": "explicit", "train": ["s0", "s1"], "val": ["s0_again"], "test": ["s2"]}
+    with pytest.raises(UserError, match=r"s0_again \(val\) and s0 \(train\) hold the same voxels \(t1, flair\)"):
+        make(store, modalities=("t1",), split=split)
+    make(store, modalities=("t1",), split={**split, "train": ["s0", "s0_again"], "val": ["s1"]})
+
+
+def test_a_store_without_a_subject_of_its_settings_says_to_prepare(tmp_path):
+    store = written(tmp_path, "brats2019", [{1: 9}])
+    write_cohort(store, Store(store).layout, ["flair"])
+    with pytest.raises(UserError, match="holds no prepared subject, but 1 of other settings; run mrgen-prepare"):
+        make(store, modalities=("flair",))
 
 
 def test_a_split_without_training_subjects(phantom_store):

@@ -1,14 +1,28 @@
 import fcntl
+import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from raw_scans import HEAD_AFFINE, LAYOUTS, head, lesion, scan, write_brats_case, write_mha, write_nifti, write_wmh_case
+from raw_scans import (
+    HEAD_AFFINE,
+    LAYOUTS,
+    head,
+    lesion,
+    scan,
+    scan_of,
+    write_brats_case,
+    write_mha,
+    write_nifti,
+    write_wmh_case,
+)
 from rich.console import Console
 
 from mrgen.data import preparation
+from mrgen.data.cohorts import Problem
 from mrgen.data.layouts import Layout, read_layouts
 from mrgen.data.preparation import prepare_cohort, render
 from mrgen.data.store import Store, read_subjects
@@ -50,7 +64,7 @@ def test_a_cohort_becomes_a_store(root, store):
     assert list(subjects) == IDS
     subject = subjects[IDS[0]]
     assert (subject.patient, subject.grade, subject.site) == ("BraTS19_X_1", "HGG", "X")
-    np.testing.assert_array_equal(subject.read_image(["flair"])[0], scan(3)[::-1, ::-1])
+    np.testing.assert_array_equal(subject.read_image(["flair"])[0], scan_of(IDS[0], "flair")[::-1, ::-1])
     np.testing.assert_array_equal(subject.read_label(), lesion()[::-1, ::-1])
     assert report.summary == "BraTS 2019: 3 prepared"
 
@@ -185,12 +199,19 @@ def test_bad_subjects_are_reported_and_the_rest_is_prepared(root, store):
     assert prepare(root, store, strict=False).exit_code == 0
 
 
-def test_a_subject_that_became_bad_leaves_the_store(root, store):
+def test_a_subject_that_became_bad_stays_in_the_store_until_it_is_pruned(root, store):
     prepare(root, store)
+    voxels = Store(store).subjects[IDS[1]].read_label()
     (root / "HGG" / IDS[0] / f"{IDS[0]}_flair.nii.gz").unlink()
     write_nifti(root / "HGG" / IDS[1] / f"{IDS[1]}_seg.nii.gz", lesion((3,)))
-    report = prepare(root, store, strict=False)
-    assert report.unchanged == [IDS[2]]
+    for strict, code in ((True, 1), (False, 0)):
+        report = prepare(root, store, strict=strict)
+        assert (report.unchanged, report.kept, report.bad, report.exit_code) == ([IDS[2]], IDS[:2], [], code)
+    assert "1 unchanged, 2 kept; 2 problems" in report.summary
+    assert list(Store(store).subjects) == IDS
+    np.testing.assert_array_equal(Store(store).subjects[IDS[1]].read_label(), voxels)
+    report = prepare(root, store, prune=True)
+    assert (report.unchanged, report.removed) == ([IDS[2]], IDS[:2])
     assert list(Store(store).subjects) == [IDS[2]]
 
 
@@ -200,31 +221,248 @@ def test_subjects_that_vanished_are_kept_and_reported(root, store):
     report = prepare(root, store)
     (problem,) = report.problems
     assert f"found 1 prepared subjects ({IDS[0]}) that no longer lie below data.root={root}" in str(problem)
-    assert report.exit_code == 1
+    assert (report.kept, report.exit_code) == ([IDS[0]], 1)
     assert list(Store(store).subjects) == IDS
+    assert prepare(root, store, prune=True).removed == [IDS[0]]
 
 
-def test_other_modalities_hide_every_subject_until_it_is_prepared_anew(root, store, monkeypatch):
+def test_other_modalities_are_refused_before_anything_is_touched(root, store):
+    """Forgetting data.modalities would hide a store of two sequences, and most BraTS 2015 subjects have no others."""
+    prepare(root, store, modalities=["flair", "t1"])
+    before = {path: path.stat().st_mtime_ns for path in store.rglob("*")}
+    (root / "HGG" / IDS[0] / f"{IDS[0]}_t2.nii.gz").unlink()
+    with pytest.raises(
+        UserError, match=r"holds 3 subjects prepared with flair, t1, and t1, t1ce, t2, flair are asked"
+    ) as e:
+        prepare(root, store, strict=False)
+    assert "data.modalities=[flair,t1] keeps them, another data.store=… makes a store beside them" in str(e.value)
+    assert {path: path.stat().st_mtime_ns for path in store.rglob("*")} == before
+    assert prepare(root, store, modalities=["flair", "t1"]).unchanged == IDS
+
+
+def test_replacing_a_store_of_other_modalities_hides_it_only_once_there_is_better(root, store, monkeypatch):
     prepare(root, store)
+    (root / "HGG" / IDS[0] / f"{IDS[0]}_t1.nii.gz").write_bytes(b"")  # the first that is read is bad
     check, calls = preparation.check_subject, []
 
     def stopped(files, layout):
         calls.append(files.id)
-        if len(calls) == 2:
+        if len(calls) == 3:
             raise KeyboardInterrupt
         return check(files, layout)
 
     with monkeypatch.context() as patch:
+        problem = Problem("x", "x", "is bad", "bad")
+        patch.setattr(preparation, "check_subject", lambda files, layout: (None, [replace(problem, subject=files.id)]))
+        report = prepare(root, store, modalities=["flair", "t1"], prune=True, strict=False)
+    assert (report.kept, report.bad, report.exit_code) == ([], IDS, 1)  # of the settings asked for there are none
+    assert list(Store(store).subjects) == IDS  # and the store is what it was
+    with monkeypatch.context() as patch:
         patch.setattr(preparation, "check_subject", stopped)
         with pytest.raises(KeyboardInterrupt):
-            prepare(root, store, modalities=["flair", "t1"])
+            prepare(root, store, modalities=["flair", "t1"], prune=True)
     half = Store(store)
-    assert half.modalities == ("flair", "t1")
-    assert list(half.subjects) == IDS[:1]
-    prepare(root, store, modalities=["flair", "t1"])
+    assert (half.modalities, list(half.subjects), half.hidden) == (("flair", "t1"), [IDS[1]], 2)
+    report = prepare(root, store, modalities=["flair", "t1"], prune=True)
+    assert (report.unchanged, report.prepared, report.removed) == ([IDS[1]], [IDS[2]], [IDS[0]])
     whole = Store(store)
-    assert list(whole.subjects) == IDS
-    np.testing.assert_array_equal(whole.subjects[IDS[2]].read_image()[0], scan(3)[::-1, ::-1])
+    assert (list(whole.subjects), whole.hidden) == (IDS[1:], 0)
+    np.testing.assert_array_equal(whole.subjects[IDS[2]].read_image()[0], scan_of(IDS[2], "flair")[::-1, ::-1])
+
+
+@pytest.mark.parametrize("copy", ["incoming/HGG/{}", "__MACOSX/HGG/{}", ".Trash/{}", "@eaDir/{}"])
+def test_a_stray_copy_that_lacks_sequences_costs_nothing(root, store, copy):
+    """Further runs say the same: the good one is unchanged, the other is reported where it is no system's."""
+    prepare(root, store)
+    stray = root / copy.format(IDS[0])
+    write_nifti(stray / f"{IDS[0]}_t1.nii.gz", scan(77))
+    for _ in range(3):
+        report = prepare(root, store)
+        assert (report.unchanged, report.kept, report.bad) == (IDS, [], [])
+        assert list(Store(store).subjects) == IDS
+        assert len(report.problems) == (3 if copy.startswith("incoming") else 0)  # t1ce, t2, flair
+        assert report.exit_code == bool(report.problems)
+
+
+def test_two_whole_copies_keep_what_the_store_has_whatever_is_pruned(root, store):
+    prepare(root, store)
+    shutil.copytree(root / "HGG" / IDS[0], root / "incoming" / IDS[0])
+    for prune in (False, True):
+        report = prepare(root, store, prune=prune)
+        assert (report.unchanged, report.kept, report.removed) == (IDS[1:], IDS[:1], [])
+        assert "found the id" in str(report.problems[0])
+    assert list(Store(store).subjects) == IDS
+
+
+def test_without_a_good_subject_the_exit_code_is_never_0(root, store):
+    for id in IDS:
+        (root / "HGG" / id / f"{id}_t2.nii.gz").write_bytes(b"")
+    for options in ({}, {"strict": False}, {"check": True}, {"check": True, "strict": False}):
+        report = prepare(root, store, **options)
+        assert (report.bad, report.exit_code) == (IDS, 1)
+        assert report.summary.endswith("; no subject came out well")
+
+
+@pytest.mark.parametrize("name", ["{} (1)", "{} 2", "{} - Copy", "{}_old", "BraTS19_Y_8_1"])
+def test_the_same_voxels_under_two_ids_are_refused_and_the_known_one_stays(root, store, name):
+    prepare(root, store)
+    copy = root / "HGG" / name.format(IDS[0])
+    shutil.copytree(root / "HGG" / IDS[0], copy)
+    for _ in range(2):
+        report = prepare(root, store)
+        assert set(IDS[1:]) <= set(report.unchanged)
+        assert len(report.bad) == 1
+        assert list(Store(store).subjects) == IDS
+    assert prepare(root, store.with_name("other"), check=True).exit_code == 1
+
+
+def test_one_sequence_of_another_subject_is_enough_and_of_two_new_ones_neither_is_taken(root, store):
+    shutil.copy(root / "HGG" / IDS[0] / f"{IDS[0]}_t1.nii.gz", root / "HGG" / IDS[1] / f"{IDS[1]}_t1.nii.gz")
+    for options in ({"check": True}, {}):
+        report = prepare(root, store, **options)
+        assert report.bad == IDS[:2]
+        assert f"found the same voxels (t1) as in {IDS[1]}, expected every scan under one id" in str(report.problems[0])
+    assert list(Store(store).subjects) == [IDS[2]]
+
+
+def test_a_subject_that_was_renamed_takes_the_place_of_the_old_one_when_pruned(root, store):
+    prepare(root, store)
+    (root / "HGG" / IDS[0]).rename(root / "HGG" / "BraTS19_Z_1_1")
+    for file in (root / "HGG" / "BraTS19_Z_1_1").iterdir():
+        file.rename(file.with_name(file.name.replace(IDS[0], "BraTS19_Z_1_1")))
+    report = prepare(root, store)
+    assert (report.kept, report.bad) == ([IDS[0]], ["BraTS19_Z_1_1"])
+    report = prepare(root, store, prune=True)
+    assert (report.removed, report.prepared, report.problems) == ([IDS[0]], ["BraTS19_Z_1_1"], [])
+    assert list(Store(store).subjects) == [*IDS[1:], "BraTS19_Z_1_1"]
+
+
+DAMAGE = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"0"),
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_bytes(b"\xff\xfe no array"),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+    "pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "dead link": lambda path: (path.unlink(), path.symlink_to("nowhere")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["image.npy", "label.npy", "brain.npy", "subject.json", "cohort.json"])
+def test_a_damaged_store_is_named_by_a_training_and_mended_by_a_preparation(root, store, name, damage):
+    prepare(root, store)
+    voxels = Store(store).subjects[IDS[1]].read_image()
+    file = store / name if name == "cohort.json" else store / IDS[1] / name
+    DAMAGE[damage](file)
+    with pytest.raises(UserError, match="mrgen-prepare") as error:
+        Store(store)
+    assert str(store) in str(error.value)
+    assert name == "cohort.json" or IDS[1] in str(error.value)
+    if (name, damage) == ("cohort.json", "folder"):  # somebody's, and no damage
+        with pytest.raises(UserError, match="Is a directory"):
+            prepare(root, store)
+        return
+    report = prepare(root, store)
+    assert report.exit_code == 0
+    assert len(report.mended) == (name != "cohort.json" or damage != "missing")
+    assert report.prepared == ([] if name == "cohort.json" else [IDS[1]])
+    assert list(Store(store).subjects) == IDS
+    np.testing.assert_array_equal(Store(store).subjects[IDS[1]].read_image(), voxels)
+    assert prepare(root, store, verify=True).unchanged == IDS
+
+
+@pytest.mark.parametrize("name", ["image.npy", "label.npy", "brain.npy"])
+def test_another_subjects_voxels_are_found_when_verified(root, store, name):
+    write_brats_case(root / "HGG" / IDS[1], label=(4, 1, 2))
+    prepare(root, store)
+    array = np.load(store / IDS[0] / name)
+    array[..., 5, 5, 5] += 1
+    np.save(store / IDS[0] / name, array)
+    assert prepare(root, store).unchanged == IDS
+    report = prepare(root, store, verify=True)
+    assert (report.prepared, report.mended) == ([IDS[0]], {IDS[0]: f"{name}: other voxels than were prepared"})
+    assert prepare(root, store, verify=True).unchanged == IDS
+
+
+def test_a_store_from_before_checksums_opens_is_unchanged_and_gets_them_when_verified(root, store):
+    prepare(root, store)
+    for file in store.glob("*/subject.json"):
+        table = json.loads(file.read_text())
+        del table["checksums"]
+        file.write_text(json.dumps(table))
+    assert len(Store(store)) == 3
+    assert prepare(root, store).unchanged == IDS
+    shutil.copytree(root / "HGG" / IDS[0], root / "HGG" / "BraTS19_Y_8_1")
+    assert prepare(root, store).bad == ["BraTS19_Y_8_1"]  # by its statistics
+    shutil.rmtree(root / "HGG" / "BraTS19_Y_8_1")
+    assert prepare(root, store, verify=True).prepared == IDS
+    assert prepare(root, store, verify=True).unchanged == IDS
+
+
+def test_what_is_damaged_and_has_no_good_files_is_reported_until_it_is_pruned(root, store):
+    prepare(root, store)
+    (store / IDS[0] / "image.npy").write_bytes(b"")
+    (root / "HGG" / IDS[0] / f"{IDS[0]}_t2.nii.gz").write_bytes(b"")
+    report = prepare(root, store)
+    assert (report.unchanged, report.bad, report.mended) == (IDS[1:], [IDS[0]], {})
+    assert any("found a damaged copy in the store (image.npy: " in str(problem) for problem in report.problems)
+    assert (store / IDS[0] / "label.npy").exists()
+    assert prepare(root, store, prune=True).removed == [IDS[0]]
+    assert list(Store(store).subjects) == IDS[1:]
+
+
+def test_links_in_a_store_are_not_followed(root, store, tmp_path):
+    """The store may be somebody else's."""
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "letter").write_text("dear")
+    prepare(root, store)
+    (store / ".lock").unlink()
+    (store / ".lock").symlink_to(precious / "letter")
+    with pytest.raises(UserError, match=r"\.lock: found a link, expected a file or nothing; remove it"):
+        prepare(root, store)
+    (store / ".lock").unlink()
+    shutil.rmtree(store / IDS[0])
+    (store / IDS[0]).symlink_to(precious)
+    (store / f".{IDS[1]}.12345678.gone").symlink_to(precious)
+    (store / ".cohort.json.12345678").symlink_to(precious / "letter")
+    (store / "cohort.json").unlink()
+    (store / "cohort.json").symlink_to(precious / "letter")
+    assert prepare(root, store).prepared == [IDS[0]]
+    assert list(Store(store).subjects) == IDS
+    assert (precious / "letter").read_text() == "dear"
+    assert not [path for path in store.iterdir() if path.is_symlink()]
+
+
+def test_killed_between_old_and_new_the_old_one_is_put_back(root, store):
+    prepare(root, store)
+    (store / IDS[0]).rename(store / f".{IDS[0]}.0123abcd.old")
+    assert prepare(root, store).unchanged == IDS
+
+
+def test_somebodys_own_files_where_a_subject_would_be_written_are_left_alone(root, store):
+    (store / IDS[0]).mkdir(parents=True)
+    (store / IDS[0] / "thesis.tex").write_text("x")
+    report = prepare(root, store)
+    assert (report.prepared, report.bad) == (IDS[1:], [IDS[0]])
+    assert (store / IDS[0] / "thesis.tex").read_text() == "x"
+
+
+def test_a_table_that_becomes_unreadable_costs_no_grade(tmp_path, store):
+    root = tmp_path / "raw"
+    for i in (1, 2):
+        write_brats_case(root / f"BraTS20_Training_00{i}")
+    table = "Grade,BraTS_2019_subject_ID,BraTS_2020_subject_ID\nHGG,BraTS19_X_1_1,BraTS20_Training_00{}\n"
+    (root / "name_mapping.csv").write_text(table.format(1))
+    prepare(root, store, "brats2020")
+    (root / "name_mapping.csv").write_text("\0\0a")
+    report = prepare(root, store, "brats2020")
+    assert (len(report.unchanged), report.exit_code, len(report.rows)) == (2, 1, 2)
+    assert "grade of" not in str(report.problems[0])
+    assert "without it Grade and BraTS_2019_subject_ID of the subjects are not known" in str(report.problems[0])
+    assert Store(store).subjects["BraTS20_Training_001"].grade == "HGG"
 
 
 def test_a_store_of_another_cohort_is_refused_and_left_alone(root, store, tmp_path):

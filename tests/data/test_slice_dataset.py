@@ -202,15 +202,18 @@ def test_both_orders_of_singapores_axes_give_the_same_slices(tmp_path):
 
     grown = grow_subject(seed=0, index=1, spacing=5, pathology="wmh")
     assert grown.site == "Singapore"
+    shapes, subjects = [], []
     for number in (1, 4):  # even ones are swapped
-        folder = tmp_path / "raw" / "Singapore" / str(number)
+        raw, store = tmp_path / f"raw{number}", tmp_path / f"store{number}"
+        folder = raw / "Singapore" / str(number)
         folder.mkdir(parents=True)
         LAYOUTS["wmh2017"].write(grown, folder, Case(number, 1, 0, None, "Singapore"))
-    shapes = [nibabel.load(tmp_path / "raw" / "Singapore" / n / "pre" / "T1.nii.gz").shape[:2] for n in ("1", "4")]
+        shapes.append(nibabel.load(folder / "pre" / "T1.nii.gz").shape[:2])
+        assert not prepare_cohort(LAYOUT, raw, store, workers=0, progress=False).problems
+        subjects += Store(store).subjects.values()
     assert shapes[0] == shapes[1][::-1] != shapes[1]
-    assert not prepare_cohort(LAYOUT, tmp_path / "raw", tmp_path / "store", workers=0, progress=False).problems
-    subjects = list(Store(tmp_path / "store").subjects.values())
     assert [subject.id for subject in subjects] == ["Singapore_1", "Singapore_4"]
+    assert subjects[0].checksums == subjects[1].checksums  # turned the same way, they are one scan
     cut = SiteSlices((44, 48), zeroed=0.125)
     one, other = (slices(SubjectSlices, [subject], cut=cut)[0, 0, 0] for subject in subjects)
     for key in ("image", "label", "brain", "spacing"):

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mrgen.data.crops import WholeVolume
 from mrgen.data.datamodule import CohortDataModule
+from mrgen.data.identity import scan_of, twins
 from mrgen.data.normalisation import Normalisation
 from mrgen.data.store import Store
 from mrgen.errors import UserError
@@ -322,9 +323,36 @@ def check_leaks(datamodule: CohortDataModule, runs: list[Run], ids: tuple[str, .
                 f"({', '.join(leaked[:3])}{' …' if len(leaked) > 3 else ''}); "
                 "train all runs with one split: data.split.kind=file data.split.file=RUN/split.json"
             )
+        notes += _check_copies(datamodule, run, ids)
         if run.checkpoint.name == "best.ckpt" and (chosen := evaluated & seen["val"]):
             notes.append(f"Optimistic: {len(chosen)} of these subjects chose the checkpoint of {run.path.name}.")
     return notes
+
+
+def _check_copies(datamodule: CohortDataModule, run: Run, ids: tuple[str, ...]) -> list[str]:
+    """Refuses subjects whose voxels a run was trained on under other names, of its own store as well.
+
+    The store of a run may be gone, or elsewhere on this machine: then there is nothing to compare, which is said.
+    """
+    evaluated = [scan_of(datamodule.store.subjects[id]) for id in ids]
+    path = Path(str(run.conf.data.store)).expanduser()
+    store = datamodule.store if path.resolve() == datamodule.store.path.resolve() else None
+    if store is None:
+        try:
+            store = Store(path)
+        except UserError:
+            return [f"Not compared with what {run.path.name} was trained on: its store is not at hand."]
+    same = store is datamodule.store
+    trained = [
+        scan_of(store.subjects[id]) for id in run.split.train if id in store.subjects and not (same and id in ids)
+    ]
+    if copies := twins(evaluated, trained) if trained else []:
+        named = ", ".join(f"{one} as {other}" for one, other, _ in copies[:3]) + (" …" if len(copies) > 3 else "")
+        raise UserError(
+            f"{run.path} was trained on the voxels of {len(copies)} of the {len(ids)} subjects to evaluate, under "
+            f"other names ({named}, in {store.path}); leave them out of the store, or train without them"
+        )
+    return []
 
 
 def _pictured(datamodule: CohortDataModule) -> str:

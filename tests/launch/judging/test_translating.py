@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mrgen.data.splits import Split
-from mrgen.data.store import Store
+from mrgen.data.store import Store, write_cohort, write_subject
 from mrgen.errors import UserError
 from mrgen.files import write_json
 from mrgen.launch.judging.evaluating import evaluate
@@ -101,15 +101,7 @@ def test_folds_come_together_in_one_table(tmp_path: Path, phantom_store: Path):
 
 def test_all_subjects_of_another_store(tmp_path: Path, phantom_store: Path, snet_run: Path, sweep: Path):
     """The protocol without ground truth: nobody there has a label, and nobody was trained on."""
-    other = tmp_path / "other"
-    shutil.copytree(phantom_store, other)
-    for path in other.glob("*/subject.json"):
-        table = json.loads(path.read_text())
-        path.unlink()
-        if path.parent.name.endswith("1") and len(list(other.glob("new_*"))) < 2:
-            table |= {"id": f"new_{table['id']}", "patient": f"new_{table['id']}", "label_counts": None}
-            path.parent.rename(other / table["id"])
-            (other / table["id"] / "subject.json").write_text(json.dumps(table))
+    other = unlabelled(phantom_store, tmp_path / "other", sweep / "1", brighter=1)
     out = judged(
         tmp_path / "out", sweep / "1", overrides=(f"store='{other}'", "subjects=all", f"segmenter='{snet_run}'")
     )
@@ -118,6 +110,29 @@ def test_all_subjects_of_another_store(tmp_path: Path, phantom_store: Path, snet
     assert not any(row.get("dice_WT") for row in found)
     assert all(row["agree_dice_WT"] for row in found if row["input"] != "real")
     assert "agreement with the segmentation from the real sequences" in (out / "table.md").read_text()
+
+
+def unlabelled(store: Path, other: Path, run: Path, *, brighter: int) -> Path:
+    """Two subjects that a run was trained on, as if they were other people's."""
+    known = Store(store)
+    write_cohort(other, known.layout, known.modalities)
+    for subject in (known.subjects[id] for id in Split.load(run / "split.json").train[:2]):
+        arrays = {"image": subject.read_image() + brighter, "brain": subject.read_brain(), "affine": subject.affine}
+        write_subject(other, id=f"new_{subject.id}", **arrays)
+    return other
+
+
+def test_scans_that_a_run_was_trained_on_are_found_in_another_store_by_their_voxels(
+    tmp_path: Path, phantom_store: Path, sweep: Path
+):
+    """Under other names, of other patients."""
+    other = unlabelled(phantom_store, tmp_path / "other", brighter=0)
+    for path in other.glob("*/subject.json"):  # from before checksums were recorded: by their statistics
+        path.write_text(json.dumps({**json.loads(path.read_text()), "checksums": {}}))
+        with pytest.raises(
+            UserError, match=r"was trained on the voxels of \d of the 2 subjects to evaluate, under other"
+        ):
+            judged(tmp_path / "out", sweep / "1", overrides=(f"store='{other}'", "subjects=all"))
 
 
 def test_all_subjects_of_the_training_store_are_a_leak(tmp_path: Path, sweep: Path):

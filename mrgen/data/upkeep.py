@@ -1,0 +1,258 @@
+"""What becomes of a store's subjects when its cohort is prepared again: nothing is lost that was not asked for."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mrgen.data.cohorts import Problem, SubjectFiles
+from mrgen.data.identity import Scan, twins
+from mrgen.data.layouts import Layout
+from mrgen.data.reading import files_of
+from mrgen.data.report import Report, Row, row_of
+from mrgen.data.store import remove_leftovers, remove_subject, settings_digest
+from mrgen.data.stored_tables import FILES, DamagedError, find_damage, read_cohort, scan_subjects
+from mrgen.errors import UserError
+
+__all__ = ["Before", "fingerprint", "look", "refuse_twins", "settle", "waiting"]
+
+
+@dataclass
+class Before:
+    """A store before it is prepared again.
+
+    Attributes:
+        tables: by id, the `subject.json` of subjects that are whole.
+        damaged: by id, what was found of the others.
+        cohort: what was found where `cohort.json` was damaged, else None.
+        digest: settings of the preparation that is to come.
+        replaces: whether those that can be seen now will be replaced by subjects of other settings.
+    """
+
+    tables: dict[str, dict[str, Any]]
+    damaged: dict[str, str]
+    cohort: str | None
+    digest: str
+    replaces: bool
+
+    def is_good(self, id: str) -> bool:
+        """Whether the store has the subject, whole and with the present settings."""
+        return id in self.tables and self.tables[id]["settings"] == self.digest
+
+
+def look(
+    store: Path,
+    layout: Layout,
+    modalities: Sequence[str],
+    ids: set[str],
+    *,
+    prune: bool,
+    verify: bool,
+    workers: int | None,
+) -> Before:
+    """Looks at a store that is there already, and refuses what would lose it.
+
+    Args:
+        store: a folder, perhaps empty, that nobody else writes to.
+        layout, modalities: of the preparation that is to come.
+        ids: whom it may prepare.
+        prune: whether a store of other settings may be replaced.
+        verify: whether every voxel is read.
+        workers: threads for that.
+
+    Raises:
+        UserError: it is of another cohort, or of other settings and `prune` does not hold.
+    """
+    remove_leftovers(store)
+    cohort, found = None, None
+    try:
+        cohort = read_cohort(store)
+    except DamagedError as error:
+        found = str(error).split("; ")[0].removeprefix(f"{store}/")
+    if cohort is not None and cohort["name"] != layout.name:
+        raise UserError(
+            f"data.store={store}: found a store of {cohort['name']}, expected {layout.name} or none; "
+            "choose another data.store or delete it"
+        )
+    tables, damaged = scan_subjects(store)
+    if cohort is None and (tables or damaged) and ids.isdisjoint({*tables, *damaged}):
+        raise UserError(
+            f"data.store={store}: found {len({*tables, *damaged})} subjects without a usable cohort.json, none of "
+            "which lies below data.root; choose another data.store or delete it"
+        )
+    digest = settings_digest(layout, modalities)
+    shown = digest if cohort is None else cohort["settings"]
+    other = [table for table in tables.values() if table["settings"] != digest]
+    replaces = bool(other) if cohort is None else shown != digest and any(t["settings"] == shown for t in other)
+    if replaces and not prune:
+        raise UserError(_other_settings(store, other, layout, modalities, cohort))
+    threads = workers or os.cpu_count() or 1
+
+    def damage(id: str) -> str | None:
+        return find_damage(store / id, tables[id], contents=verify)
+
+    with ThreadPoolExecutor(threads) as pool:  # checksums let go of the interpreter's lock
+        results = dict(zip(tables, pool.map(damage, tables), strict=True))
+    damaged |= {id: why for id, why in results.items() if why is not None}
+    tables = {id: table for id, table in tables.items() if id not in damaged}
+    return Before(tables, damaged, found, digest, replaces)
+
+
+def _other_settings(
+    store: Path,
+    tables: Sequence[Mapping[str, Any]],
+    layout: Layout,
+    modalities: Sequence[str],
+    cohort: Mapping[str, Any] | None,
+) -> str:
+    had = tables[0]["modalities"] if cohort is None else cohort["modalities"]
+    start = f"data.store={store}: holds {len(tables)} subjects prepared with "
+    if had != list(modalities):
+        kept = f"data.modalities=[{','.join(had)}]"
+        return (
+            f"{start}{', '.join(had)}, and {', '.join(modalities)} are asked for; {kept} keeps them, another "
+            "data.store=… makes a store beside them, prune=true replaces them"
+        )
+    return (
+        f"{start}other settings (label_values, skull_stripped or brain of the layout) than {layout.title} has now; "
+        "put the layout back to keep them, another data.store=… makes a store beside them, prune=true replaces them"
+    )
+
+
+def _source_is_gone(table: Mapping[str, Any], root: Path, taken: Mapping[Path, str]) -> bool:
+    """Whether what a subject was made from is no longer there, or is another file now.
+
+    Args:
+        table: its `subject.json`.
+        root: of the cohort.
+        taken: by file, whose it is now: where it has become another subject's, this one is gone.
+    """
+    files = table["source"].get("files")
+    if not isinstance(files, dict) or not files:
+        return False  # not made by a preparation
+    for place in files.values():
+        try:
+            name, size, changed = place
+            stat = (root / name).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except (OSError, TypeError, ValueError):
+            return False  # cannot be told
+        if (stat.st_size, stat.st_mtime_ns) != (size, changed) or taken.get(root / name, table["id"]) != table["id"]:
+            return True
+    return False
+
+
+def _is_occupied(folder: Path) -> bool:
+    """Whether somebody's own files lie where a subject would be written, and would be lost."""
+    if folder.is_symlink() or not folder.exists():
+        return False
+    return not folder.is_dir() or any(name not in FILES and not name.startswith(".") for name in os.listdir(folder))
+
+
+def fingerprint(files: SubjectFiles, root: Path) -> dict[str, Any]:
+    """What a subject is made from: its fields, and each file's place, size and time of change."""
+    others = {"label": files.label, "brain": files.brain}
+    paths = {**files.images, **{name: path for name, path in others.items() if path is not None}}
+    stats = {
+        name + " voxels" * (part != path): (part, part.stat())
+        for name, path in paths.items()
+        for part in files_of(path)
+    }
+    return {
+        "fields": [files.patient, files.grade, files.site],
+        "files": {
+            name: [path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns]
+            for name, (path, stat) in stats.items()
+        },
+    }
+
+
+def waiting(report: Report, subjects: Sequence[SubjectFiles], before: Before, root: Path) -> list[SubjectFiles]:
+    """Who is to be prepared; the others get their rows."""
+    assert report.store is not None
+    todo = []
+    no_table = any(problem.kind == "table" for problem in report.problems)
+    for files in subjects:
+        table = before.tables.get(files.id)
+        if files.id in before.damaged:
+            report.mended[files.id] = before.damaged[files.id]
+        if table is not None and no_table:  # what an unreadable table said of them is still known
+            fields = table["source"].get("fields")
+            if isinstance(fields, list) and len(fields) == 3:
+                files = replace(files, patient=fields[0], grade=fields[1], site=fields[2])
+        try:
+            source = fingerprint(files, root)
+        except OSError:
+            source = None  # the worker says why
+        if table is not None and before.is_good(files.id) and table["source"] == source:
+            report.rows.append(row_of(files, table["shape"], table["spacing"], "unchanged"))
+        elif _is_occupied(report.store / files.id):
+            message = "found files that are not of a store, expected a prepared subject or nothing; move them away"
+            report.rows.append(row_of(files, None, None, "bad"))
+            report.problems.append(Problem(files.id, str(report.store / files.id), message, "foreign files"))
+        else:
+            todo.append(files)
+    return todo
+
+
+def settle(report: Report, subjects: Sequence[SubjectFiles], before: Before, root: Path, *, prune: bool) -> None:
+    """What becomes of subjects that the store had and that did not come out well now."""
+    assert report.store is not None
+    taken = {
+        path: files.id for files in subjects for path in (*files.images.values(), files.label, files.brain) if path
+    }
+    rows = {row.id: row for row in report.rows}
+    told = {problem.subject for problem in report.problems}
+    vanished = []
+    for id in sorted({*before.tables, *before.damaged}):
+        if id in rows and rows[id].status != "bad":
+            continue
+        table = before.tables.get(id)
+        gone = table is None or _source_is_gone(table, root, taken)
+        if id not in told:
+            vanished.append(id)
+        if table is None:
+            rows.setdefault(id, Row(id, id, None, None, None, None, None, "bad"))
+            message = f"found a damaged copy in the store ({before.damaged[id]}), and no good files to mend it from; "
+            message += "restore them, or take it out of the store with prune=true"
+            report.problems.append(Problem(id, str(report.store / id), message, "damaged in the store"))
+            report.mended.pop(id, None)
+        if prune and report.usable and (gone or not before.is_good(id)):
+            remove_subject(report.store, id)
+            status = "removed"
+        else:
+            status = "kept" if before.is_good(id) else "bad"
+        if table is not None and id not in rows:
+            shape, spacing, labelled = tuple(table["shape"]), tuple(table["spacing"]), table["label_counts"] is not None
+            rows[id] = Row(id, table["patient"], table["grade"], table["site"], shape, spacing, labelled, status)
+        rows[id] = replace(rows[id], status=status)
+    report.rows = list(rows.values())
+    vanished = [id for id in vanished if rows[id].status != "removed"]
+    if vanished:
+        names = ", ".join(vanished[:3]) + (", …" if len(vanished) > 3 else "")
+        message = (
+            f"found {len(vanished)} prepared subjects ({names}) that no longer lie below data.root={root}, "
+            "expected them there; they stay in the store, and prune=true takes those out whose files are gone"
+        )
+        store = str(report.store)
+        report.problems.append(Problem("store", store, message, "no longer below the root", of_subject=False))
+
+
+def refuse_twins(report: Report, scans: Sequence[Scan], known: Iterable[str] = ()) -> list[str]:
+    """Reports subjects with the same voxels; those that are not `known` become bad, and their ids are returned."""
+    bad: dict[str, None] = {}
+    known = set(known)
+    for pair in twins(scans):
+        *ids, sequences = pair
+        for id, other in (ids, reversed(ids)):
+            advice = "remove the copy" + ("; or prune=true, where one was renamed" if known else "")
+            same = f"found the same voxels ({', '.join(sequences)}) as in {other}"
+            message = f"{same}, expected every scan under one id; {advice}"
+            report.problems.append(Problem(id, id, message, "same voxels under two ids"))
+            if id not in known:
+                bad[id] = None
+    report.rows = [replace(row, status="bad") if row.id in bad else row for row in report.rows]
+    return list(bad)
