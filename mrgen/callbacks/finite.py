@@ -46,7 +46,8 @@ class FiniteLoss(Callback):
         if losses:
             finite = torch.isfinite(torch.stack([loss.to(self._first.device) for loss in losses])).all()
             self._first = torch.where((self._first < 0) & ~finite, loop._batches_that_stepped, self._first)
-        if self._first.device.type == "cpu" or (batch_idx + 1) % trainer.log_every_n_steps == 0:
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self._first.device.type == "cpu" or (batch_idx + 1) % every == 0:
             self._look(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

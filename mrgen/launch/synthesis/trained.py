@@ -127,7 +127,9 @@ class TrainedMethod:
         try:
             stats = {name: (path.name, path.stat()) for name, path in subject.images.items()}
         except OSError as error:
-            raise UserError(f"{error.filename}: cannot be read ({error.strerror}), expected an image") from error
+            raise UserError(
+                f"{subject.id}: cannot be read ({error.filename}: {error.strerror}), expected an image; restore it"
+            ) from error
         return {
             "checkpoint": f"sha256:{self._digest}",
             "scans": {
