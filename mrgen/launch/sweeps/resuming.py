@@ -7,11 +7,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from mrgen.errors import UserError
+from mrgen.files import read_yaml
+from mrgen.launch.configs import read_config
 from mrgen.launch.paths import CONF_DIR
 
-__all__ = ["MULTIRUN", "as_written", "is_free", "quoted", "resumed", "saved_config", "settled"]
+__all__ = ["MULTIRUN", "as_written", "is_free", "quoted", "resumed", "saved_config", "settled", "unquoted"]
 
 MULTIRUN = "multirun.yaml"
+EXPECTED, REMEDY = "what mrgen-train wrote of a sweep", "put back a copy that is whole, or resume its runs one by one"
 # What may be another when a run goes on, because it changes nothing of what the weights will be, or only how long they
 # are trained. All below a key is meant as well.
 FREE = (
@@ -51,6 +54,14 @@ def quoted(path: Path) -> str:
     return "'" + str(path).replace("'", r"\'") + "'"
 
 
+def unquoted(text: str) -> str:
+    """What ``quoted`` wrote, or whoever quotes a path as Hydra's grammar asks for; the text itself without quotes."""
+    quote = text[:1]
+    if quote not in ("'", '"') or len(text) < 2 or not text.endswith(quote):
+        return text
+    return text[1:-1].replace(f"\\{quote}", quote)
+
+
 def saved_config(config_dir: Path, run_dir: Path) -> list[str]:
     """Arguments of mrgen-train for the ``config.yaml`` of a folder, in the folder of its run.
 
@@ -77,7 +88,7 @@ def resumed(arguments: Sequence[str]) -> list[str]:
     Raises:
         UserError: nothing of mrgen-train in the folder, or other arguments that would make it another run or sweep.
     """
-    folders = [a.partition("=")[2] for a in arguments if a.startswith("resume=")]
+    folders = [unquoted(a.partition("=")[2]) for a in arguments if a.startswith("resume=")]
     if not folders or folders[-1] in ("", "null") or "--config-path" in arguments:
         return [*arguments]  # the last: a process of a run whose arguments are these already
     folder = Path(folders[-1]).expanduser().resolve()
@@ -91,6 +102,7 @@ def resumed(arguments: Sequence[str]) -> list[str]:
             f"resume={folders[-1]}: no config.yaml or {MULTIRUN} there; expected the folder of a run or a sweep of "
             "mrgen-train"
         )
+    read_config(saved / "config.yaml")  # a damaged one would be Hydra's to complain of
     if {"-m", "--multirun"} & set(arguments):
         raise UserError(f"resume={folders[-1]} goes on with one run; leave -m out")
     for argument in others:
@@ -108,9 +120,18 @@ def _resumed_sweep(folder: Path, others: Sequence[str]) -> list[str]:
     from mrgen.launch.sweeps.jobs import read_jobs
 
     read_jobs(folder)  # raises UserError for a sweep of an earlier version, whose runs can be resumed one by one
-    content: Any = OmegaConf.load(folder / MULTIRUN)
-    hydra = content.hydra
-    sweeper = hydra.sweeper
+    content: Any = read_yaml(folder / MULTIRUN, expected=EXPECTED, remedy=REMEDY)
+    try:
+        content = OmegaConf.create(content)
+        hydra = content.hydra
+        sweeper = hydra.sweeper
+        lists = [as_written(hydra.overrides.hydra), as_written(hydra.overrides.task)]
+        sources = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+        if not all(isinstance(text, str) for texts in (*lists, sources) for text in texts):
+            raise TypeError("overrides that are no text")
+    except Exception as error:  # of whatever is not there
+        said = " ".join(str(error).split())
+        raise UserError(f"{folder / MULTIRUN}: found {said}, expected {EXPECTED}; {REMEDY}") from None
     if "sampler" in sweeper and "seed" in (sweeper.sampler or {}) and sweeper.sampler.seed is None:
         raise UserError(
             f"resume={folder}: its trials were drawn without a seed and cannot be drawn again; resume its runs one by "
@@ -118,14 +139,13 @@ def _resumed_sweep(folder: Path, others: Sequence[str]) -> list[str]:
         )
     once = [
         argument
-        for argument in dict.fromkeys(as_written(hydra.overrides.hydra) + as_written(hydra.overrides.task))
+        for argument in dict.fromkeys([*lists[0], *lists[1]])
         if not argument.startswith(("resume=", "plan=", "hydra.sweep.dir=", "hydra.mode="))
     ]
     _check_sweep(folder, once, others)
     new = {a.partition("=")[0] for a in others}
-    extra = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
     return [
-        *(argument for path in extra for argument in ("--config-dir", path)),
+        *(argument for path in sources for argument in ("--config-dir", path)),
         "--multirun",
         *(a for a in once if a.partition("=")[0] not in new),
         *(a for a in others if a not in ("-m", "--multirun")),
