@@ -1,6 +1,6 @@
 """A loss that is not finite ends the run as failed: whatever is learned from it is worth nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,20 @@ from torch import Tensor
 
 from mrgen.errors import UserError
 
-__all__ = ["FiniteLoss"]
+__all__ = ["FiniteLoss", "are_finite"]
 
 LAST = Path("checkpoints", "last.ckpt")
+
+
+def are_finite(weights: Iterable[Tensor]) -> bool:
+    """Whether all numbers of all of them are; whole numbers are. Their device is asked once."""
+    # The least and the greatest tell of all, and take no memory.
+    ends = [
+        torch.isfinite(torch.stack(torch.aminmax(weight.detach()))).all()
+        for weight in weights
+        if weight.is_floating_point() and weight.numel()
+    ]
+    return not ends or bool(torch.stack(ends).all())
 
 
 class FiniteLoss(Callback):
@@ -68,8 +79,7 @@ class FiniteLoss(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Raises UserError for weights that are not finite, in the place of a checkpoint of them."""
-        weights = [weight for weight in checkpoint["state_dict"].values() if weight.is_floating_point()]
-        if weights and not bool(torch.stack([torch.isfinite(weight).all() for weight in weights]).all()):
+        if not are_finite(checkpoint["state_dict"].values()):
             raise UserError(_diverged(trainer, pl_module, "weights are not finite"))
 
 
