@@ -21,12 +21,19 @@ MAY_IMPORT: dict[str, tuple[str, ...] | None] = {
     "mrgen": (),
     "mrgen.errors": (),
     "mrgen.files": ("mrgen.errors",),
+    "mrgen.arrays": ("mrgen.errors", "mrgen.files"),
     "mrgen.nets": ("mrgen.nets",),
     "mrgen.losses": ("mrgen.losses",),
     "mrgen.metrics": ("mrgen.metrics",),
     "mrgen.protocols": (),
-    "mrgen.data": ("mrgen.data", "mrgen.protocols", "mrgen.errors", "mrgen.files"),
-    "mrgen.papers": (*METHOD_PARTS, "mrgen.data.batch", "mrgen.errors", "mrgen.files"),  # and itself: see violations()
+    "mrgen.data": ("mrgen.data", "mrgen.protocols", "mrgen.arrays", "mrgen.errors", "mrgen.files"),
+    "mrgen.papers": (
+        *METHOD_PARTS,
+        "mrgen.data.batch",
+        "mrgen.arrays",
+        "mrgen.errors",
+        "mrgen.files",
+    ),  # and itself: see violations()
     "mrgen.segmenter": (*METHOD_PARTS, "mrgen.data.batch", "mrgen.errors", "mrgen.files"),
     "mrgen.evaluation": (*METHOD_PARTS, "mrgen.data", "mrgen.evaluation", "mrgen.errors", "mrgen.files"),
     "mrgen.callbacks": (

@@ -1,6 +1,6 @@
 """A loss that is not finite ends the run as failed: whatever is learned from it is worth nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,20 @@ from torch import Tensor
 
 from mrgen.errors import UserError
 
-__all__ = ["FiniteLoss"]
+__all__ = ["FiniteLoss", "are_finite"]
 
 LAST = Path("checkpoints", "last.ckpt")
+
+
+def are_finite(weights: Iterable[Tensor]) -> bool:
+    """Whether all numbers of all of them are; whole numbers are. Their device is asked once."""
+    # The least and the greatest tell of all, and take no memory.
+    ends = [
+        torch.isfinite(torch.stack(torch.aminmax(weight.detach()))).all()
+        for weight in weights
+        if weight.is_floating_point() and weight.numel()
+    ]
+    return not ends or bool(torch.stack(ends).all())
 
 
 class FiniteLoss(Callback):
@@ -46,7 +57,8 @@ class FiniteLoss(Callback):
         if losses:
             finite = torch.isfinite(torch.stack([loss.to(self._first.device) for loss in losses])).all()
             self._first = torch.where((self._first < 0) & ~finite, loop._batches_that_stepped, self._first)
-        if self._first.device.type == "cpu" or (batch_idx + 1) % trainer.log_every_n_steps == 0:
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self._first.device.type == "cpu" or (batch_idx + 1) % every == 0:
             self._look(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -67,8 +79,7 @@ class FiniteLoss(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Raises UserError for weights that are not finite, in the place of a checkpoint of them."""
-        weights = [weight for weight in checkpoint["state_dict"].values() if weight.is_floating_point()]
-        if weights and not bool(torch.stack([torch.isfinite(weight).all() for weight in weights]).all()):
+        if not are_finite(checkpoint["state_dict"].values()):
             raise UserError(_diverged(trainer, pl_module, "weights are not finite"))
 
 

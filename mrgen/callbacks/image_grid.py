@@ -1,6 +1,5 @@
 """A grid of axial slices, a row a slice and a column a kind of picture. The patient's left is on the right."""
 
-import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mrgen.data.batch import IGNORED
-from mrgen.evaluation.figures import axial
+from mrgen.evaluation.figures import axial, save_figure
 from mrgen.evaluation.samples_figures import UNKNOWN, mask_colours, mask_picture, surroundings
 
 if TYPE_CHECKING:
@@ -99,12 +98,7 @@ def draw_grid(
         classes: the label's classes, the first no lesion.
     """
     figure = _grid(columns, rows, title, shown, _colours(label, classes))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(temporary, dpi=110, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_figure(figure, path, dpi=110)
 
 
 def _grid(

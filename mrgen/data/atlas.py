@@ -3,9 +3,6 @@
 import hashlib
 import io
 import json
-import os
-import uuid
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,15 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from mrgen.arrays import read_arrays
 from mrgen.data.alignment import mni_affine, mni_grid
 from mrgen.data.normalisation import Normalisation, stored_statistics
-from mrgen.data.store import Box, StoredSubject, write_synced
+from mrgen.data.store import Box, StoredSubject
 from mrgen.errors import UserError
+from mrgen.files import read_bytes, read_json, replacing
 
 __all__ = ["Atlas"]
 
 VERSION = 1
 _ARRAYS, _TABLE = "atlas.npz", "atlas.json"
+_KINDS = {"mean": ("f", 4), "background": ("f", 1), "affine": ("f", 2)}  # NumPy's kinds, and axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,15 +196,11 @@ class Atlas:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name, content in ((_ARRAYS, arrays.getvalue()), (_TABLE, json.dumps(table, indent=1).encode())):
-                partial = folder / f".{name}.{uuid.uuid4().hex[:8]}"
-                try:
-                    write_synced(partial, content)
-                    os.replace(partial, folder / name)
-                finally:
-                    partial.unlink(missing_ok=True)
+                with replacing(folder / name) as file:
+                    file.write(content)
         except OSError as error:
             raise UserError(
-                f"{folder}: the atlas cannot be written ({error.strerror}); choose another folder"
+                f"{folder}: the atlas cannot be written ({error.strerror or error}); choose another folder"
             ) from error
 
     @classmethod
@@ -215,24 +211,36 @@ class Atlas:
             UserError: nothing there, or damaged, or of another version.
         """
         folder = Path(folder)
+        for name in (_TABLE, _ARRAYS):
+            if not (folder / name).exists():
+                raise UserError(
+                    f"{folder}: found no {name}, expected the atlas that training saves with its run; give the folder "
+                    "of a finished run, or train anew"
+                )
+        told: dict[str, str] = {"expected": "the atlas of a run", "remedy": "copy it again or train anew"}
+        table = read_json(folder / _TABLE, **told)
         try:
-            table = json.loads((folder / _TABLE).read_text(encoding="utf-8"))
             if table["version"] != VERSION:
                 raise UserError(f"{folder}: found atlas version {table['version']}, expected {VERSION}; train anew")
-            content = (folder / _ARRAYS).read_bytes()
-            if hashlib.sha256(content).hexdigest() != table["sha256"]:
+            digest = hashlib.sha256(read_bytes(folder / _ARRAYS, **told)).hexdigest()
+            if digest != table["sha256"]:
                 raise ValueError(f"{_ARRAYS} is not what {_TABLE} was written for")
-            with np.load(io.BytesIO(content), allow_pickle=False) as file:
-                known: dict[str, Any] = {name: file[name] for name in ("mean", "background", "affine")}
-            known |= {name: tuple(table[name]) for name in ("modalities", "patients", "subjects", "shape")}
-            return cls(**known, one_space=table["one_space"], scale=table["scale"])
-        except FileNotFoundError as error:
-            raise UserError(
-                f"{folder}: found no {Path(error.filename).name}, expected the atlas that training saves with its run; "
-                "give the folder of a finished run, or train anew"
-            ) from error
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            raise UserError(f"{folder}: the atlas cannot be read ({error}); copy it again or train anew") from error
+            arrays: dict[str, Any] = {**read_arrays(folder / _ARRAYS, _KINDS, **told)}
+            known: dict[str, Any] = {
+                name: tuple(table[name]) for name in ("modalities", "patients", "subjects", "shape")
+            }
+            atlas = cls(**arrays, **known, one_space=table["one_space"], scale=table["scale"])
+            sequences = len(atlas.modalities)
+            if (
+                atlas.mean.shape != (sequences, *atlas.shape)
+                or atlas.background.shape != (sequences,)
+                or atlas.affine.shape != (4, 4)
+            ):
+                raise ValueError(f"a mean of {atlas.mean.shape} for {sequences} sequences of {atlas.shape}")
+            return atlas
+        except (ValueError, KeyError, TypeError) as error:
+            found = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise UserError(f"{folder}: the atlas cannot be read ({found}); copy it again or train anew") from error
 
 
 def _healthy(

@@ -13,8 +13,6 @@ synthetic one its number of slices and its affine; its slices are no neighbours 
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,8 +27,9 @@ from mrgen.data.guides import Guide, label_maps
 from mrgen.data.layouts import Layout
 from mrgen.data.lesions import manipulate
 from mrgen.data.slices import SiteSlices
-from mrgen.data.store import StoredSubject, write_subject, write_synced
+from mrgen.data.store import StoredSubject, write_subject
 from mrgen.errors import UserError
+from mrgen.files import read_json, write_text
 from mrgen.protocols import Generated, LabelMaps
 
 __all__ = [
@@ -51,6 +50,7 @@ __all__ = [
 VERSION = 1
 _TABLE = "generated.json"
 _KEYS = ("complete", "method", "checkpoint", "store", "patients", "subjects", "slices", "manipulations", "seed")
+_KINDS = {"complete": bool, "patients": list, "subjects": int, "slices": int}
 # Streams of random numbers beside the lesions' own, which is (seed, number).
 _ORDER, _GENERATOR = 1, 2
 
@@ -69,34 +69,30 @@ def read_generated(store: Path | str) -> dict[str, Any] | None:
         UserError: it is damaged or of another version.
     """
     path = Path(store) / _TABLE
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        version = table["version"]
-        lacking = [key for key in _KEYS if key not in table]
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.exists():
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: cannot be read as a synthetic cohort's table ({type(error).__name__}); delete the folder and "
-            "generate anew"
-        ) from error
+    expected, remedy = "a synthetic cohort's table", "delete the folder and generate anew"
+    table = read_json(path, expected=expected, remedy=remedy)
+    if not isinstance(table, dict) or "version" not in table:
+        raise UserError(f"{path}: found no version in it, expected {expected}; {remedy}")
+    version = table["version"]
+    lacking = [key for key in _KEYS if key not in table]
     if version != VERSION or lacking:
         found = f"version {version}" + (f" without {', '.join(lacking)}" if lacking else "")
         raise UserError(f"{path}: found {found}, expected version {VERSION}; generate into a new folder")
+    if wrong := [key for key, kind in _KINDS.items() if not isinstance(table[key], kind)]:
+        found = f"{wrong[0]}: {str(table[wrong[0]])[:60]!r}"
+        raise UserError(f"{path}: found {found}, expected {expected}; {remedy}")
     return table
 
 
 def write_generated(store: Path | str, table: Mapping[str, Any]) -> None:
     """Writes ``generated.json`` in one step; ``table`` as of ``read_generated``. Raises UserError where it cannot."""
     path = Path(store) / _TABLE
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        write_synced(partial, json.dumps({"version": VERSION, **table}, indent=1).encode())
-        os.replace(partial, path)
+        write_text(path, json.dumps({"version": VERSION, **table}, indent=1))
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another output") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another output") from error
 
 
 def synthetic_layout(layout: Layout) -> Layout:

@@ -8,8 +8,6 @@ order in which a disk lists the subjects.
 
 import hashlib
 import json
-import os
-import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mrgen.errors import UserError
+from mrgen.files import read_json, write_text
 
 SETS = ("train", "val", "test")
 _STRATA = ("grade", "site")
@@ -45,26 +44,12 @@ class Split:
 
     def save(self, path: str | Path) -> None:
         """Write JSON that `load` and a human can read; a reader never sees half a file."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # unique: ranks and jobs may share the folder
-        try:
-            partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_text(Path(path), json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Split":
         """Read what `save` wrote, or the same by hand: {"train": [ids], "val": [ids], "test": [ids]}."""
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(
-                f"split file {path}: cannot be read ({error.strerror}). Give the path of a saved split."
-            ) from None
-        except ValueError as error:
-            raise UserError(f"split file {path}: is not JSON ({error}). Write it with Split.save.") from None
+        content = read_json(Path(path), expected="a saved split", remedy="give the path of one")
         if not isinstance(content, dict) or set(content) != set(SETS):
             found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
             raise UserError(f"split file {path}: expected the keys {', '.join(SETS)}, found {found or 'none'}.")

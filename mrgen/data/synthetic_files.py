@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from mrgen.data.store import write_synced
 from mrgen.errors import UserError
+from mrgen.files import open_without_links, read_json
 
 __all__ = ["SyntheticFiles", "nifti_bytes"]
 
@@ -84,7 +84,7 @@ class SyntheticFiles:
                 self._ours()
                 try:
                     for path, content in (*images.items(), (self.record, table)):
-                        write_synced(_hidden(path), content)
+                        _write(_hidden(path), content)
                 except BaseException:
                     self._clear()
                     with suppress(OSError):  # it holds something else
@@ -142,6 +142,15 @@ class SyntheticFiles:
             os.close(handle)
 
 
+def _write(path: Path, content: bytes) -> None:
+    """A new file, through no link, which the disk has as a whole."""
+    path.unlink(missing_ok=True)
+    with open(open_without_links(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _hidden(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
@@ -149,10 +158,10 @@ def _hidden(path: Path) -> Path:
 def _read(path: Path) -> dict[str, Any] | None:
     """A json of ours, or None where there is none, or half of one, or somebody else's."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path, expected="a record of mrgen-synthesize", remedy="move it away")
         ours = isinstance(record["made_from"], dict) and isinstance(record["files"], list)
         return record if ours and all(name == Path(name).name for name in record["files"]) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mrgen.evaluation.augmentation_numbers import by_patient, method_of, runs_of
-from mrgen.evaluation.figures import axial
+from mrgen.evaluation.figures import axial, save_figure
 from mrgen.evaluation.samples_figures import mask_colours
 from mrgen.evaluation.swap_tables import Rows, scores
 
@@ -55,7 +55,7 @@ def label_figure(
         shown: name of the image's sequence.
         classes: names of the labels from 1 on.
     """
-    _labels(kept, title, shown, classes).savefig(path, dpi=150)
+    save_figure(_labels(kept, title, shown, classes), path, dpi=150)
 
 
 def _labels(kept: Mapping[str, Mapping[str, Any]], title: str, shown: str, classes: Sequence[str]) -> "Figure":
@@ -111,7 +111,7 @@ def dice_figure(rows: Rows, path: Path, *, title: str, labels: Sequence[str], re
         labels: names of classes, in order; the mean over several is added.
         reference: the run that was trained on real slices alone.
     """
-    _boxes(rows, title, labels, reference).savefig(path, dpi=150)
+    save_figure(_boxes(rows, title, labels, reference), path, dpi=150)
 
 
 def _boxes(rows: Rows, title: str, labels: Sequence[str], reference: str) -> "Figure":

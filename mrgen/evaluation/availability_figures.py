@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mrgen.evaluation.augmentation_numbers import method_of
+from mrgen.evaluation.figures import save_figure
 from mrgen.evaluation.swap_tables import Rows
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def study_figure(
         reference: the row whose mean is the dashed line.
         paper: whether to draw the paper's numbers.
     """
-    _study(runs, title, rows, reference, paper).savefig(path, dpi=120)
+    save_figure(_study(runs, title, rows, reference, paper), path, dpi=120)
 
 
 def _study(runs: Rows, title: str, rows: Mapping[str, Mapping[str, Any]], reference: str, paper: bool) -> "Figure":

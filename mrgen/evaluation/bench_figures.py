@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mrgen.evaluation.figures import save_figure
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -39,7 +41,7 @@ def change_figure(
         title: above the figure.
         measure: names the axis.
     """
-    _changes(panels, title, measure).savefig(path, dpi=150)
+    save_figure(_changes(panels, title, measure), path, dpi=150)
 
 
 def _changes(panels: Mapping[str, Mapping[str, Mapping[str, Change]]], title: str, measure: str) -> "Figure":

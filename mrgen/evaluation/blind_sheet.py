@@ -22,6 +22,7 @@ from mrgen.evaluation.samples_figures import WINDOW, mask_colours, mask_picture,
 from mrgen.evaluation.swap import REAL
 from mrgen.evaluation.swap_tables import DASH, cell
 from mrgen.evaluation.table import Table, write_rows
+from mrgen.files import read_text, write_text
 
 __all__ = ["BlindItem", "preference_table", "read_answers", "read_key", "score", "write_blind_sheet"]
 
@@ -104,9 +105,9 @@ def write_blind_sheet(
     )
     for folder in ("blind", "key"):
         (out_dir / folder).mkdir(parents=True, exist_ok=True)
-    (out_dir / "blind" / "sheet.html").write_text(text, encoding="utf-8")
+    write_text(out_dir / "blind" / "sheet.html", text)
     write_rows(out_dir / "key" / "key.csv", [{"sheet": sheet, **line} for line in key])
-    (out_dir / "key" / "README.txt").write_text(README, encoding="utf-8")
+    write_text(out_dir / "key" / "README.txt", README)
 
 
 def _png(picture: np.ndarray) -> str:
@@ -149,10 +150,10 @@ def read_key(path: Path) -> list[dict[str, str]]:
 
 
 def _read(path: Path, columns: Sequence[str], expected: str) -> list[dict[str, str]]:
+    text = read_text(path, expected=expected, remedy="give that file as it was saved").removeprefix("\ufeff")
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark in front
-            lines = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
+        lines = list(csv.DictReader(io.StringIO(text, newline=""), restval=""))
+    except csv.Error as error:
         raise UserError(f"{path}: cannot be read ({error}); expected {expected}") from error
     if not lines or not set(columns) <= set(lines[0]):
         found = ", ".join(map(str, lines[0])) if lines else "no lines"

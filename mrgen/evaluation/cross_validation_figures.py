@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mrgen.evaluation.cross_validation_numbers import DEPTHS, OFFLINE, SIZES, methods_of, recall_by_size
-from mrgen.evaluation.figures import axial
+from mrgen.evaluation.figures import axial, save_figure
 from mrgen.evaluation.swap_tables import Rows, scores
 
 if TYPE_CHECKING:
@@ -54,7 +54,9 @@ def segmentation_figure(
         source: name of the source sequence.
         target: name of the target sequence.
     """
-    _segmentations(kept, title, methods, source, target).savefig(path, dpi=200, bbox_inches="tight", pad_inches=0.1)
+    save_figure(
+        _segmentations(kept, title, methods, source, target), path, dpi=200, bbox_inches="tight", pad_inches=0.1
+    )
 
 
 def _segmentations(kept: Kept, title: str, methods: Sequence[str], source: str, target: str) -> "Figure":
@@ -100,7 +102,7 @@ def imputation_figure(kept: Kept, path: Path, *, title: str, target: str) -> Non
         title: above the figure.
         target: name of the target sequence.
     """
-    _imputations(kept, title, target).savefig(path, dpi=200, bbox_inches="tight", pad_inches=0.1)
+    save_figure(_imputations(kept, title, target), path, dpi=200, bbox_inches="tight", pad_inches=0.1)
 
 
 def _imputations(kept: Kept, title: str, target: str) -> "Figure":
@@ -158,7 +160,7 @@ def places_figure(rows: Rows, lesions: Rows, path: Path, *, title: str) -> None:
         path: PNG to write.
         title: above the figure.
     """
-    _two_panels(rows, lesions, title).savefig(path, dpi=200)
+    save_figure(_two_panels(rows, lesions, title), path, dpi=200)
 
 
 def _two_panels(rows: Rows, lesions: Rows, title: str) -> "Figure":

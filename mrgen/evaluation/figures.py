@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mrgen.files import replacing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["SEQUENCES", "axial", "calibration_figure", "swap_figure", "synthesis_figure"]
+__all__ = ["SEQUENCES", "axial", "calibration_figure", "save_figure", "swap_figure", "synthesis_figure"]
 
 SEQUENCES = {"t1": "T1", "t2": "T2", "t1ce": "T1ce", "flair": "FLAIR", "apt": "APTw"}  # the order of RS-Net's Figure 2
 _METHODS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: for all kinds of sight
@@ -23,6 +25,12 @@ _DOTS = 3000  # voxels drawn an input
 def axial(slice_xy: Any) -> np.ndarray:
     """(X, Y) in RAS+ to rows from anterior to posterior and columns from the patient's right to left."""
     return np.asarray(slice_xy).T[::-1, ::-1]
+
+
+def save_figure(figure: "Figure", path: Path, **settings: Any) -> None:
+    """Writes a PNG, whole or not at all, through no link; ``settings`` are those of matplotlib's ``savefig``."""
+    with replacing(path) as file:
+        figure.savefig(file, format="png", **settings)
 
 
 def swap_figure(slices: Mapping[str, Mapping[str, Any]], path: Path, *, title: str) -> None:
@@ -72,7 +80,7 @@ def swap_figure(slices: Mapping[str, Mapping[str, Any]], path: Path, *, title: s
         axis.set_xticks([])
         axis.set_yticks([])
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)
 
 
 def synthesis_figure(slices: Mapping[str, Mapping[str, Any]], path: Path, *, title: str, method: str) -> None:
@@ -89,7 +97,7 @@ def synthesis_figure(slices: Mapping[str, Mapping[str, Any]], path: Path, *, tit
         title: above the figure.
         method: the part of the row names after the slash, such as ``rsnet`` or ``rsnet#2``.
     """
-    _synthesis(slices, title, method).savefig(path, dpi=200)
+    save_figure(_synthesis(slices, title, method), path, dpi=200)
 
 
 def _synthesis(slices: Mapping[str, Mapping[str, Any]], title: str, method: str) -> "Figure":
@@ -159,7 +167,7 @@ def calibration_figure(
         path: PNG to write.
         title: above the figure.
     """
-    _calibration(calibration_rows, slices, correlations, title).savefig(path, dpi=200)
+    save_figure(_calibration(calibration_rows, slices, correlations, title), path, dpi=200)
 
 
 def _calibration(

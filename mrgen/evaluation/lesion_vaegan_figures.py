@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mrgen.data.batch import IGNORED
-from mrgen.evaluation.figures import SEQUENCES, axial
+from mrgen.evaluation.figures import SEQUENCES, axial, save_figure
 from mrgen.evaluation.samples_figures import UNKNOWN, mask_colours, mask_picture, surroundings
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def structure_figure(maps: Sequence[np.ndarray], path: Path, *, title: str) -> N
         path: PNG to write.
         title: above the figure.
     """
-    _structures(maps, title).savefig(path, dpi=110)
+    save_figure(_structures(maps, title), path, dpi=110)
 
 
 def _structures(maps: Sequence[np.ndarray], title: str) -> "Figure":
@@ -89,7 +89,7 @@ def registered_figure(
         classes: of the labels; the first is no lesion.
         title: above the figure.
     """
-    _registered(rows, modalities, classes, title).savefig(path, dpi=85)
+    save_figure(_registered(rows, modalities, classes, title), path, dpi=85)
 
 
 def _registered(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mrgen.data.batch import IGNORED
-from mrgen.evaluation.figures import SEQUENCES, axial
+from mrgen.evaluation.figures import SEQUENCES, axial, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +67,7 @@ def sample_sheet(
         classes: of the label; the first is no lesion.
         title: above the figure.
     """
-    _sheet(rows, brain, modalities, classes, title).savefig(path, dpi=130)
+    save_figure(_sheet(rows, brain, modalities, classes, title), path, dpi=130)
 
 
 def _sheet(

@@ -1,10 +1,13 @@
 """A table of results: printed, and kept as CSV and Markdown."""
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from mrgen.files import write_text
 
 __all__ = ["Table", "write_rows"]
 
@@ -51,7 +54,8 @@ class Table:
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """One CSV line a mapping; columns are the union of the keys, in order of appearance."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())

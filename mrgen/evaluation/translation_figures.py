@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mrgen.evaluation.figures import axial
+from mrgen.evaluation.figures import axial, save_figure
 from mrgen.evaluation.swap import REAL
 from mrgen.evaluation.swap_tables import Rows, scores
 
@@ -43,7 +43,7 @@ def box_figure(rows: Rows, measures: Mapping[str, str], path: Path, *, title: st
         path: PNG to write.
         title: above the figure.
     """
-    _boxes(rows, measures, title).savefig(path, dpi=150)
+    save_figure(_boxes(rows, measures, title), path, dpi=150)
 
 
 def _boxes(rows: Rows, measures: Mapping[str, str], title: str) -> "Figure":
@@ -146,7 +146,7 @@ def overlay_figure(
         title: above the figure.
         classes: names of the labels 1, 2 and 3, or of those that there are.
     """
-    _overlays(slices, title, classes).savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.1)
+    save_figure(_overlays(slices, title, classes), path, dpi=150, bbox_inches="tight", pad_inches=0.1)
 
 
 def _overlays(slices: Mapping[str, Mapping[str, Any]], title: str, classes: Sequence[str]) -> "Figure":

@@ -8,7 +8,9 @@ import functools
 import os
 import secrets
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
@@ -25,12 +27,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mrgen.errors import UserError
+from mrgen.files import FULL
+from mrgen.launch.memory import out_of_memory
 from mrgen.launch.paths import CONF_DIR
 
 __all__ = ["TOKEN", "Reported", "fail", "leave_nothing", "register_resolvers", "run_app", "run_hydra", "sentence"]
 
 # What a library meets in a place that the user gave it: no permission, a file system that is read only, no room.
-PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, *FULL}
 # What lies in a folder of which nothing came.
 NOTHING = {".hydra", "config.yaml", "environment.json", "split.json", "status.json"}
 
@@ -81,6 +85,7 @@ def run_app(config_name: str, task: Callable[[DictConfig], object]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a file's name may hold what the terminal's encoding has not
             stream.reconfigure(errors="backslashreplace")
+    _end_at_the_second_interrupt()
     try:
         run_hydra(config_name, _refusing(task))
     except Exception as error:
@@ -89,6 +94,26 @@ def run_app(config_name: str, task: Callable[[DictConfig], object]) -> None:
         fail(said)
     except KeyboardInterrupt:
         fail("interrupted")
+
+
+def _end_at_the_second_interrupt() -> None:
+    """Ctrl-C raises KeyboardInterrupt, as ever; once more, while what was begun is being ended, it ends the process."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # nohup, or whoever calls this
+        return
+    process, pressed = os.getpid(), False
+
+    def interrupt(number: int, frame: object) -> None:
+        nonlocal pressed
+        if pressed:
+            if os.getpid() == process:  # and not one that was forked
+                os.write(2, b"error: interrupted twice, and ended at once; what was saved before is whole\n")
+            os._exit(130)
+        pressed = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
 
 
 def _refusing(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], object]:
@@ -130,11 +155,13 @@ def run_hydra(config_name: str, task: Callable[[DictConfig], object]) -> None:
 def sentence(error: BaseException) -> str | None:
     """What to tell a user who can mend it; None for a bug of ours.
 
-    A ``UserError``, what has been reported, Hydra's own complaints, a YAML file that is none and a place that cannot be
-    written to are of the first kind.
+    A ``UserError``, what has been reported, Hydra's own complaints, a YAML file that is none, a place that cannot be
+    written to and memory that ran out are of the first kind.
     """
     if isinstance(error, UserError | Reported):
         return str(error)
+    if said := out_of_memory(error):
+        return said
     if isinstance(error, HydraException | OmegaConfBaseException):
         if ours := _of_resolver(error):
             return ours

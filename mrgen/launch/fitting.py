@@ -65,6 +65,11 @@ def fit(
     validation = [datamodule.store.subjects[id] for id in datamodule.split.val]
     errors = [_errors(estimator, subject, names, datamodule.lookup) for subject in validation]
     if errors:
+        if not all(np.isfinite(error["mse_brain"]) for error in errors):
+            raise UserError(
+                f"{type(estimator).__name__} makes values that are not finite of validation subjects; look for values "
+                "in the data that no scan has"
+            )
         known = {key: [error[key] for error in errors if np.isfinite(error[key])] for key in errors[0]}
         means = {f"val/{key}": float(np.mean(values)) for key, values in known.items() if values}
         for logger in loggers:

@@ -12,6 +12,7 @@ from typing import Any
 
 from mrgen.errors import Preempted, UserError
 from mrgen.files import read_json, write_json
+from mrgen.launch.memory import out_of_memory
 
 __all__ = ["Outcome", "has_begun", "is_alive", "read_status", "recorded", "runs_here", "seen_status"]
 
@@ -152,6 +153,8 @@ def _ending(error: BaseException) -> dict[str, str]:
         isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)  # Lightning's Ctrl-C
     )
     reason = "interrupted" if interrupted else f"{type(error).__name__}: {error}".strip().rstrip(":")
+    if not isinstance(error, UserError) and (said := out_of_memory(error)):
+        reason = f"{type(error).__name__}: {said}"
     return {"state": "failed", "reason": reason}
 
 

@@ -6,17 +6,20 @@ import os
 import re
 import resource
 import signal
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
 
+from mrgen.callbacks.provenance import KEY
 from mrgen.errors import UserError
 from mrgen.files import read_metrics, remove_leftovers, replacing, write_json
-from mrgen.launch.checkpoints import WholeCheckpoints
+from mrgen.launch.checkpoints import WholeCheckpoints, read_checkpoint
 from mrgen.launch.csv_logger import CsvLogger
 from mrgen.launch.status import read_status, recorded
 from tests.launch.tools import tiny_run
@@ -159,3 +162,81 @@ def test_what_killed_processes_were_writing_is_removed_and_nothing_else(tmp_path
         (tmp_path / name).touch()
     remove_leftovers(tmp_path, tmp_path / "not there")
     assert {path.name for path in tmp_path.iterdir()} == set(others)
+
+
+# ----- reading -------------------------------------------------------------------------------------------------------
+
+
+def trained(path: Path, **changes: Any) -> Path:
+    data = {"modalities": ["t1"], "normalisation": {"_target_": "mrgen.data.normalisation.ZScore"}}
+    content = {KEY: {"model": {"_target_": "mrgen.X"}, "data": data}, "state_dict": {"weight": torch.arange(64.0)}}
+    torch.save({**content, **changes}, path)
+    return path
+
+
+def test_what_is_read_is_what_was_written_whatever_bit_is_another(tmp_path: Path):
+    """Of all bits: of the weights, of the archive's directory, and of what nobody reads."""
+    path = trained(tmp_path / "x.ckpt")
+    whole, content = path.read_bytes(), read_checkpoint(path, remedy="train anew")
+    refused, bits = 0, range(0, 8 * len(whole), 5)
+    for bit in bits:
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            read = read_checkpoint(path, remedy="train anew")
+        except UserError:
+            refused += 1
+        else:
+            assert read[KEY] == content[KEY]
+            assert torch.equal(read["state_dict"]["weight"], content["state_dict"]["weight"])
+    assert refused > len(bits) / 4  # the rest is padding, and copies of what the directory says
+
+
+def test_a_part_that_is_called_a_folder_is_refused(tmp_path: Path):
+    """torch reads none of it, and gives what was in memory: the directory's one bit that says so has no sum."""
+    path = trained(tmp_path / "x.ckpt")
+    content = bytearray(path.read_bytes())
+    with ZipFile(path) as archive:
+        place = archive.start_dir
+    while content[place : place + 4] == b"PK\x01\x02":
+        name, extra, comment = struct.unpack_from("<HHH", content, place + 28)
+        if content[place + 46 : place + 46 + name].endswith(b"data/0"):
+            content[place + 38] |= 0x10
+        place += 46 + name + extra + comment
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="BadZipFile"):
+        read_checkpoint(path, remedy="train anew")
+
+
+def repacked(path: Path) -> None:
+    with ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with ZipFile(path, "w", ZIP_DEFLATED) as archive:
+        for name, part in parts.items():
+            archive.writestr(name, part)
+
+
+def piped(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (repacked, "BadZipFile"),  # of a few bytes any number can be unpacked
+        (piped, "a pipe or a device"),  # for which it would wait
+        (lambda path: trained(path, state_dict={"weight": torch.tensor([1, torch.nan])}), "weight holds .* not finite"),
+        (lambda path: trained(path, state_dict={"weight": torch.zeros(1).expand(2**40)}), "fewer numbers than that"),
+        (lambda path: trained(path, state_dict={"weight": 3}), "no mapping of names to weights"),
+        (lambda path: trained(path, state_dict=[]), "no mapping of names to weights"),
+        (lambda path: trained(path, **{KEY: {"model": {}, "data": {}}}), "model is no mapping with a _target_"),
+        (lambda path: trained(path, **{KEY: 3}), "model is no mapping"),
+        (lambda path: trained(path, **{KEY: {"model": {"_target_": "x"}, "data": {}}}), "data has no modalities"),
+    ],
+)
+def test_what_is_no_checkpoint_is_one_sentence(tmp_path: Path, spoil: Callable[[Path], Any], said: str):
+    spoil(trained(tmp_path / "x.ckpt"))
+    with pytest.raises(UserError, match=rf"x\.ckpt: .*{said}"):
+        read_checkpoint(tmp_path / "x.ckpt", remedy="train anew")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from mrgen.errors import UserError
 from mrgen.files import read_metrics
 from mrgen.launch.csv_logger import CsvLogger
 
@@ -79,3 +80,34 @@ def test_a_reader_never_sees_half_a_file(logger: CsvLogger, monkeypatch: pytest.
     with pytest.raises(KeyboardInterrupt):
         logger.save()
     assert logger.path.read_text() == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"epoch,step,loss\n0,x,1\n",
+        b"epoch,step,loss\n0,1,one\n",
+        b"epoch,step,loss\n0,1\n",
+        b"epoch,step,loss\n0,1,2,3\n",
+        b"epoch,loss\n0,1\n",
+        b"epoch,step,step\n0,1,2\n",
+        b"epoch,step,loss\n0,1,\x00\n",
+        b"epoch,step,loss\n0,1,\xe9\n",
+        b"epoch,step,loss\n0,1," + b"9" * 200_000 + b"\n",
+        "epoch,step,loss\n0,1,2\n".encode("utf-16"),
+    ],
+)
+def test_a_damaged_file_is_one_sentence_and_stays(tmp_path: Path, content: bytes):
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"metrics\.csv: .*expected epochs, steps and metrics.*; put back a copy"):
+        CsvLogger(path)
+    assert path.read_bytes() == content
+
+
+def test_a_last_line_that_was_cut_short_is_left_out(tmp_path: Path):
+    """It may be a part of a number: 0.12 of 0.123."""
+    (tmp_path / "metrics.csv").write_text("epoch,step,loss\n0,1,0.5\n0,2,0.12")
+    assert read_metrics(tmp_path / "metrics.csv") == [{"epoch": "0", "step": "1", "loss": "0.5"}]
+    (tmp_path / "metrics.csv").write_text("epoch,step,loss\n")
+    assert read_metrics(tmp_path / "metrics.csv") == []

@@ -1,5 +1,6 @@
 """Finished runs, read back; and every way in which a folder or a file is none."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,32 @@ def test_a_lone_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"no config.yaml; expected the folder that mrgen-train wrote around x.ckpt"):
         load_run("x.ckpt")
+
+
+def test_a_file_beside_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Above its folder there is none."""
+    monkeypatch.setattr(Path, "is_file", lambda path: path == Path("/x.ckpt"))
+    with pytest.raises(UserError, match=r"^/: no config.yaml; expected the folder that mrgen-train wrote around"):
+        load_run("/x.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.yaml", b""),
+        ("config.yaml", b"- a\n"),
+        ("config.yaml", b"name: x\n"),
+        ("config.yaml", "name: é\n".encode("utf-16")),
+        ("config.yaml", b"name: [x\n"),
+        ("split.json", b"{"),
+        ("split.json", b'{"train": 3, "val": [], "test": []}'),
+        ("split.json", b"\xe9"),
+    ],
+)
+def test_a_damaged_folder_is_one_sentence(run_dir: Path, file: str, content: bytes):
+    (run_dir / file).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{re.escape(file)}.*(found|cannot be read)"):
+        load_run(run_dir)
 
 
 def truncated(path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from mrgen.errors import Preempted, UserError
 from mrgen.files import write_json
-from mrgen.launch.status import has_begun, read_status, recorded
+from mrgen.launch.status import has_begun, read_status, recorded, seen_status
 
 
 def test_running_then_finished(tmp_path: Path):
@@ -143,3 +143,26 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": [1, 2]}
     assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"state": "finishee"}', '{"state": "failed", "pid": ""}', "\ud800"]
+)
+def test_a_damaged_status_says_what_to_do(tmp_path: Path, content: str):
+    (tmp_path / "status.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(UserError, match=r"status\.json: .*expected what the run says of itself; remove the file"):
+        read_status(tmp_path)
+    assert seen_status(tmp_path)["state"] == "unreadable"
+    with pytest.raises(UserError), recorded(tmp_path, command="mrgen-train"):
+        pass
+    assert (tmp_path / "status.json").read_bytes() == content.encode("utf-8", "surrogatepass")  # it is not written over
+    (tmp_path / "status.json").unlink()
+    with recorded(tmp_path, command="mrgen-train"):
+        pass
+    assert read_status(tmp_path)["state"] == "finished"
+
+
+def test_memory_that_ran_out_says_what_to_lower(tmp_path: Path, last_words: list[Callable]):
+    with pytest.raises(MemoryError), recorded(tmp_path, command="mrgen-train"):
+        raise MemoryError
+    assert "memory ran out (MemoryError); in a training lower data.batch_size" in read_status(tmp_path)["reason"]

@@ -84,9 +84,12 @@ def call(script: str, arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # which run_app sets; so it is gone after the test
     monkeypatch.setattr(sys, "argv", [f"mrgen-{script}", *arguments])
     out, err, code = io.StringIO(), io.StringIO(), 0
+    interrupt = signal.getsignal(signal.SIGINT)
     with redirect_stdout(out), redirect_stderr(err):
         try:
             import_module(f"mrgen.{script}").main()
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        finally:
+            signal.signal(signal.SIGINT, interrupt)
     return Called(code, out.getvalue(), err.getvalue())

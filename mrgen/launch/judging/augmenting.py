@@ -19,6 +19,7 @@ from mrgen.evaluation.augmentation_tables import augmentation_tables
 from mrgen.evaluation.cross_validation import Method
 from mrgen.evaluation.figures import SEQUENCES
 from mrgen.evaluation.table import write_rows
+from mrgen.files import write_text
 from mrgen.launch.instantiate import plain
 from mrgen.launch.judging.evaluating import by_name, by_subjects, check_leaks, finished_runs, whole_volumes
 from mrgen.launch.runs import Run, load_run
@@ -169,7 +170,7 @@ def _report(
         paper=paper,
         notes=notes,
     ).values()
-    (out_dir / "table.md").write_text("\n".join(table.markdown() for table in tables), encoding="utf-8")
+    write_text(out_dir / "table.md", "\n".join(table.markdown() for table in tables))
     pictured = {id: judged.kept[id] for id in median_and_low(judged.rows)}
     label_figure(
         pictured,

@@ -25,6 +25,7 @@ from mrgen.evaluation.availability_tables import TEACHERS, availability_tables
 from mrgen.evaluation.figures import SEQUENCES
 from mrgen.evaluation.lesion_vaegan_figures import RegisteredSlice, registered_figure, structure_figure
 from mrgen.evaluation.table import write_rows
+from mrgen.files import write_text
 from mrgen.launch.instantiate import plain
 from mrgen.launch.judging.augmenting import held_out, judged_runs, segmenters, trained_on
 from mrgen.launch.runs import Run
@@ -106,7 +107,7 @@ def _report(
         training={method_of(name): trained_on(run) for name, run in runs.items()},
         notes=notes,
     ).values()
-    (out_dir / "table.md").write_text("\n".join(table.markdown() for table in tables), encoding="utf-8")
+    write_text(out_dir / "table.md", "\n".join(table.markdown() for table in tables))
     study_figure(of_runs, out_dir / "study.png", title=f"{title}, Table 2", rows=study["rows"], reference=reference)
     pictured = {id: dict(judged.kept[id]) for id in median_and_low(judged.rows)}
     for kept in pictured.values():  # of repeats the first

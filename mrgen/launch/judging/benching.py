@@ -22,6 +22,7 @@ from mrgen.evaluation.bench_tables import (
 )
 from mrgen.evaluation.figures import SEQUENCES
 from mrgen.evaluation.table import Table, write_rows
+from mrgen.files import write_text
 from mrgen.launch.instantiate import plain
 from mrgen.launch.judging.augmenting import augmented
 from mrgen.launch.judging.evaluating import by_name, by_subjects, finished_runs, judged_by, load_segmenter
@@ -73,7 +74,7 @@ def judge_bench(conf: DictConfig, out_dir: Path) -> Path:
         tables += _augmentation(bench.segmenters, conf, out_dir)
     if tables:  # and not in a process that is not to write
         OmegaConf.save(OmegaConf.create(plain(conf)), out_dir / "config.yaml")
-        (out_dir / "table.md").write_text("\n".join(table.markdown() for table in tables), encoding="utf-8")
+        write_text(out_dir / "table.md", "\n".join(table.markdown() for table in tables))
         for table in tables:
             table.show()
     return out_dir

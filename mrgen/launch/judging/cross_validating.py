@@ -17,6 +17,7 @@ from mrgen.evaluation.cross_validation_numbers import cross_validation_summary
 from mrgen.evaluation.cross_validation_tables import cross_validation_tables
 from mrgen.evaluation.figures import SEQUENCES
 from mrgen.evaluation.table import write_rows
+from mrgen.files import write_text
 from mrgen.launch.configs import find_config, read_config
 from mrgen.launch.instantiate import plain
 from mrgen.launch.judging.evaluating import by_name, by_subjects, check_leaks, finished_runs, whole_volumes
@@ -127,7 +128,7 @@ def _report(
     write_rows(out_dir / "lesions.csv", lesions)
     write_rows(out_dir / "table.csv", cross_validation_summary(rows, paper=paper))
     tables = cross_validation_tables(rows, lesions, title=title, paper=paper, notes=notes).values()
-    (out_dir / "table.md").write_text("\n".join(table.markdown() for table in tables), encoding="utf-8")
+    write_text(out_dir / "table.md", "\n".join(table.markdown() for table in tables))
     methods = list(dict.fromkeys(str(row["input"]) for row in rows))
     named = {"title": f"{title}, segmentation", "source": source, "target": target}
     segmentation_figure(kept, out_dir / "segmentation.png", methods=methods, **named)

@@ -15,6 +15,7 @@ from mrgen.evaluation.swap_tables import swap_pairs, swap_summary, swap_tables
 from mrgen.evaluation.table import Table, write_rows
 from mrgen.evaluation.translation_figures import box_figure, overlay_figure
 from mrgen.evaluation.translation_tables import region_means, translation_summary, translation_tables
+from mrgen.files import write_text
 from mrgen.launch.instantiate import plain
 from mrgen.launch.runs import Run
 
@@ -97,7 +98,7 @@ def report(judged: Judged, conf: DictConfig, out_dir: Path) -> None:
     OmegaConf.save(OmegaConf.create(plain(conf)), out_dir / "config.yaml")
     write_rows(out_dir / "subjects.csv", judged.rows)
     tables = KINDS[conf.evaluation.kind](judged, conf, out_dir)
-    (out_dir / "table.md").write_text("\n".join(table.markdown() for table in tables), encoding="utf-8")
+    write_text(out_dir / "table.md", "\n".join(table.markdown() for table in tables))
     for table in tables:
         table.show()
 
@@ -163,7 +164,7 @@ def _selection(judged: Judged, conf: DictConfig, out_dir: Path) -> list[Table]:
     regions, _ = _columns(judged, conf)
     chosen = [line["input"] for line in select(judged.rows, families, **settings, regions=regions)]
     write_rows(out_dir / "table.csv", ranking(judged.rows, families, settings["criterion"], regions=regions))
-    (out_dir / "selected.txt").write_text("".join(f"{judged.runs[name].path}\n" for name in chosen), encoding="utf-8")
+    write_text(out_dir / "selected.txt", "".join(f"{judged.runs[name].path}\n" for name in chosen))
     notes = [*judged.notes, "The folders of the chosen runs stand in selected.txt beside this table."]
     title = _titled(conf, "selection")
     return [selection_table(judged.rows, families, **settings, regions=regions, title=title, notes=notes)]

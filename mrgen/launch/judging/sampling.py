@@ -37,6 +37,7 @@ from mrgen.evaluation.samples import (
 from mrgen.evaluation.samples_figures import SheetRow, sample_sheet
 from mrgen.evaluation.swap import REAL
 from mrgen.evaluation.table import Table, write_rows
+from mrgen.files import write_text
 from mrgen.launch.instantiate import plain
 from mrgen.launch.judging.evaluating import by_name, by_subjects, check_leaks, finished_runs
 from mrgen.launch.runs import Run, load_run
@@ -87,7 +88,7 @@ def draw_samples(conf: DictConfig, out_dir: Path) -> Path:
     out_dir.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(plain(conf)), out_dir / "config.yaml")
     if tables:
-        (out_dir / "table.md").write_text("\n".join(table.markdown() for table in tables), encoding="utf-8")
+        write_text(out_dir / "table.md", "\n".join(table.markdown() for table in tables))
     for table in tables:
         table.show()
     return out_dir

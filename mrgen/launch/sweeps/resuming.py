@@ -99,14 +99,14 @@ def resumed(arguments: Sequence[str]) -> list[str]:
         UserError: nothing of mrgen-train in the folder, a config that is more than data, or other arguments that would
             make it another run or sweep.
     """
-    folders = [a.partition("=")[2] for a in arguments if a.startswith("resume=")]
+    folders = [_unquoted(a.partition("=")[2]) for a in arguments if a.startswith("resume=")]
     if not folders or folders[-1] in ("", "null") or "--config-path" in arguments:
         return [*arguments]  # the last: a process of a run whose arguments are these already
     # Imported here: of the commands that do not resume it would be half of the time until they answer.
     from mrgen.launch.build import trust
     from mrgen.launch.configs import find_config, read_config
 
-    folder = Path(_unquoted(folders[-1])).expanduser().resolve()
+    folder = Path(folders[-1]).expanduser().resolve()
     others = [a for a in arguments if not a.startswith("resume=")]
     trust(_trusted(others))
     refuse_links(folder)
@@ -233,7 +233,7 @@ class _Multirun:
 
 def _read_multirun(path: Path) -> _Multirun:
     """Raises UserError where the file is damaged. Its interpolations are Hydra's business, and are not resolved."""
-    remedy = "put back a copy that is whole, or resume the sweep's runs one by one"
+    remedy = "put back a copy that is whole, or resume its runs one by one"
     content = read_yaml(path, expected="the config of a sweep", remedy=remedy)
     try:
         hydra = content["hydra"]
@@ -246,7 +246,7 @@ def _read_multirun(path: Path) -> _Multirun:
         found = "arguments that are no text"
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         found = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    raise UserError(f"{path}: cannot be read as the config of a sweep ({found}); {remedy}")
+    raise UserError(f"{path}: found {found}, expected the config of a sweep; {remedy}")
 
 
 def _check_sweep(folder: Path, once: Sequence[str], others: Sequence[str]) -> None:

@@ -81,6 +81,7 @@ def synthesize(conf: DictConfig) -> int:
     left_out = {problem.subject for problem in problems}
     _say(*_lines(problems, layout, method.sources))
     jobs: list[_Job] = []
+    skipped = done = 0
     for subject in subjects:
         files = SyntheticFiles(output, subject.id, method.makes[0], method.images)
         try:
@@ -91,10 +92,10 @@ def synthesize(conf: DictConfig) -> int:
             _say(f"{subject.id}: {error}")
             continue
         if reason is None:
+            skipped += 1
             _say(f"{subject.id}: skipped, made before from the same scans and checkpoint")
         else:
             jobs.append(_Job(subject, files, made_from, reason))
-    skipped = sum(subject.id not in left_out for subject in subjects) - len(jobs)
 
     # One thread reads the next subject and one writes the last, while the network works on the present one.
     with ThreadPoolExecutor(2) as pool:
@@ -114,11 +115,11 @@ def synthesize(conf: DictConfig) -> int:
             else:
                 if writing is not None:
                     _say(writing.result())
+                done += 1
                 writing = pool.submit(_save, method, job, layout, scans, made, started)
             started = time.perf_counter()
         if writing is not None:
             _say(writing.result())
-    done = sum(job.subject.id not in left_out for job in jobs)
     _say(f"{done} made, {skipped} skipped, {len(left_out)} left out: {output}")
     return len(left_out)
 

@@ -135,7 +135,9 @@ class TrainedMethod:
                 for i, part in enumerate(files_of(path))
             }
         except OSError as error:
-            raise UserError(f"{error.filename}: cannot be read ({error.strerror}), expected an image") from error
+            raise UserError(
+                f"{subject.id}: cannot be read ({error.filename}: {error.strerror}), expected an image; restore it"
+            ) from error
         return {
             "checkpoint": f"sha256:{self._digest}",
             "scans": {

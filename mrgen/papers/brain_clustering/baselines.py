@@ -9,6 +9,7 @@ import numpy as np
 from mrgen.errors import UserError
 from mrgen.papers.brain_clustering.estimator import Estimator, Pair
 from mrgen.papers.brain_clustering.preprocessing import median_per_slice, preprocess
+from mrgen.papers.brain_clustering.search import finite
 
 __all__ = ["Complementary", "Constant", "Nothing", "Random"]
 
@@ -111,7 +112,7 @@ class Constant(Estimator):
         return {"mean": self.mean}
 
     def _load_state(self, folder: Path, state: Mapping[str, Any]) -> None:
-        self.mean = state["mean"]
+        self.mean = finite(state["mean"])
 
 
 class Nothing(_Untrained):

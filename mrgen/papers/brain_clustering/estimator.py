@@ -1,7 +1,6 @@
 """What the clustering and the baselines share: arrays and tensors in, unit intensities out, an artefact on disk."""
 
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from mrgen.errors import UserError
+from mrgen.files import read_json, write_text
 from mrgen.papers.brain_clustering.search import Location
 from mrgen.protocols import Synthesis, Volumes
 
@@ -104,10 +104,14 @@ class Estimator(ABC):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / TABLE).unlink(missing_ok=True)
         table = {"kind": type(self).__name__, "version": VERSION, "settings": self.settings()}
-        text = json.dumps({**table, "state": self._save_state(folder)}, indent=1, allow_nan=False)
-        partial = folder / f".{TABLE}"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, folder / TABLE)
+        try:
+            text = json.dumps({**table, "state": self._save_state(folder)}, indent=1, allow_nan=False)
+        except ValueError as error:
+            raise UserError(
+                f"{type(self).__name__} has learned values that are not finite; look for values in the training "
+                "subjects that no scan has"
+            ) from error
+        write_text(folder / TABLE, text)
 
     @classmethod
     def load(cls, folder: Path | str) -> Self:
@@ -117,15 +121,17 @@ class Estimator(ABC):
             UserError: no such artefact, another estimator's, or one of another version.
         """
         folder = Path(folder).absolute()
+        expected = f"a fitted {cls.__name__}"
+        table = read_json(folder / TABLE, expected=expected, remedy="fit anew")
         try:
-            table = json.loads((folder / TABLE).read_text(encoding="utf-8"))
             kind, version, settings, state = (table[key] for key in ("kind", "version", "settings", "state"))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder / TABLE}: cannot be read ({error}), expected a fitted {cls.__name__}") from error
-        if (kind, version) != (cls.__name__, VERSION):
-            raise UserError(f"{folder}: found {kind} {version}, expected {cls.__name__} {VERSION}; fit anew")
-        model = cls(**settings)
-        model._load_state(folder, state)
+            if (kind, version) != (cls.__name__, VERSION):
+                raise UserError(f"{folder}: found {kind} {version}, expected {cls.__name__} {VERSION}; fit anew")
+            model = cls(**settings)
+            model._load_state(folder, state)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            found = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise UserError(f"{folder / TABLE}: cannot be read ({found}), expected {expected}; fit anew") from error
         return model
 
     def _save_state(self, folder: Path) -> dict[str, Any]:

@@ -1,20 +1,25 @@
 """BrainClustering: T2 from T1 through tables of matched clusters (Baldini et al., section 2)."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
+from mrgen.arrays import read_arrays
 from mrgen.errors import UserError
+from mrgen.files import replacing
 from mrgen.papers.brain_clustering.estimator import Estimator, Pair
 from mrgen.papers.brain_clustering.kmeans import kmeans_1d
 from mrgen.papers.brain_clustering.preprocessing import foreground_box, median_per_slice, preprocess, quantile
-from mrgen.papers.brain_clustering.search import Location, SearchScan
+from mrgen.papers.brain_clustering.search import Location, SearchScan, finite
 from mrgen.papers.brain_clustering.tables import Entries, Matching, Table, interpolate, learn_pair, merge
 
 __all__ = ["Answer", "BrainClustering", "TrainingSubject"]
+
+# Of ``Entries``: NumPy's kinds, and one axis.
+ENTRIES = {"macro": ("iu", 1), "key": ("f", 1), "value": ("f", 1), "voxels": ("iu", 1), "common": ("iu", 1)}
 
 Mode = Literal["train", "search"]
 
@@ -259,10 +264,13 @@ class BrainClustering(Estimator):
     def _save_state(self, folder: Path) -> dict[str, Any]:
         if not self.subjects:
             raise ValueError("not fitted yet; call fit first")
-        entries = {f.name: [getattr(s.entries, f.name) for s in self.subjects] for f in fields(Entries)}
+        entries = {name: [getattr(s.entries, name) for s in self.subjects] for name in ENTRIES}
         rows = np.array([len(s.entries.key) for s in self.subjects])
         arrays = {name: np.concatenate(several) for name, several in entries.items()}
-        np.savez_compressed(folder / "entries.npz", **{"rows": rows, **arrays})  # type: ignore[arg-type]
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            raise ValueError("the tables hold values that are not finite")
+        with replacing(folder / "entries.npz") as file:
+            np.savez_compressed(file, **{"rows": rows, **arrays})  # type: ignore[arg-type]
         subjects = []
         for i, s in enumerate(self.subjects):
             table = {"id": s.id, "reach": s.reach, "quantisation": s.quantisation, "scan": None}
@@ -272,18 +280,25 @@ class BrainClustering(Estimator):
         return {"subjects": subjects}
 
     def _load_state(self, folder: Path, state: Mapping[str, Any]) -> None:
-        try:
-            with np.load(folder / "entries.npz", allow_pickle=False) as file:
-                cuts = np.cumsum(file["rows"])[:-1]
-                parts = {f.name: np.split(file[f.name], cuts) for f in fields(Entries)}
-            for i, table in enumerate(state["subjects"]):
-                entries = Entries(**{name: several[i] for name, several in parts.items()})
-                scan = None if table["scan"] is None else SearchScan.from_json(table["scan"], folder)
-                self.subjects.append(TrainingSubject(table["id"], entries, table["reach"], table["quantisation"], scan))
-        except (OSError, ValueError, KeyError, IndexError) as error:
-            raise UserError(
-                f"{folder}: cannot be read ({error}), expected a fitted BrainClustering; fit anew"
-            ) from error
+        kinds = {"rows": ("iu", 1), **ENTRIES}
+        arrays = read_arrays(
+            folder / "entries.npz", kinds, expected="the tables of a BrainClustering", remedy="fit anew"
+        )
+        rows, subjects = arrays.pop("rows"), state["subjects"]
+        if (
+            not len(subjects) == len(rows) > 0
+            or rows.min() < 1
+            or {int(rows.sum())} != {len(a) for a in arrays.values()}
+        ):
+            raise ValueError(f"{len(rows)} entries for {len(subjects)} subjects")
+        if arrays["macro"].min() < 0 or arrays["macro"].max() >= self.macro:
+            raise ValueError(f"macro clusters from {arrays['macro'].min()} to {arrays['macro'].max()}")
+        parts = {name: np.split(array, np.cumsum(rows)[:-1]) for name, array in arrays.items()}
+        for i, table in enumerate(subjects):
+            entries = Entries(**{name: several[i] for name, several in parts.items()})
+            scan = None if table["scan"] is None else SearchScan.from_json(table["scan"], folder)
+            reach, quantisation = (finite(table[name]) for name in ("reach", "quantisation"))
+            self.subjects.append(TrainingSubject(str(table["id"]), entries, reach, quantisation, scan))
 
 
 def _padded(pair: Pair | tuple[np.ndarray, ...]) -> tuple[Any, ...]:
@@ -293,7 +308,8 @@ def _padded(pair: Pair | tuple[np.ndarray, ...]) -> tuple[Any, ...]:
 def _located(scan: SearchScan, folder: Path, name: str) -> SearchScan:
     """The scan by its place on disk; one that is kept in memory is written beside the tables first."""
     if isinstance(scan.kept, np.ndarray):
-        np.save(folder / name, scan.kept, allow_pickle=False)
+        with replacing(folder / name) as file:
+            np.save(file, scan.kept, allow_pickle=False)
         return replace(scan, kept=Location(name))
     return replace(scan, kept=scan.kept.seen_from(folder))
 

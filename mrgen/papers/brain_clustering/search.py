@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from mrgen.arrays import map_array
 from mrgen.errors import UserError
 from mrgen.papers.brain_clustering.preprocessing import Box, Scaling
 
-__all__ = ["Location", "SearchScan"]
+__all__ = ["Location", "SearchScan", "finite"]
 
 SLAB = 2**18  # voxels that are compared at once: they stay in the processor's cache
 
@@ -87,7 +88,12 @@ class SearchScan:
         if isinstance(self.kept, np.ndarray):
             return self.kept, None
         image = _mapped(self.kept.image)
-        image = image if self.kept.channel is None else image[self.kept.channel]
+        if self.kept.channel is not None:
+            if image.ndim != 4 or self.kept.channel >= len(image):
+                raise UserError(
+                    f"{self.kept.image}: found {image.shape}, expected volume {self.kept.channel} of several; fit anew"
+                )
+            image = image[self.kept.channel]
         brain = None if self.kept.brain is None else _mapped(self.kept.brain)
         if image.shape != self.shape or (brain is not None and brain.shape != self.shape):
             raise UserError(f"{self.kept.image}: found {image.shape}, expected {self.shape} as in training; fit anew")
@@ -103,19 +109,38 @@ class SearchScan:
     def from_json(cls, table: Mapping[str, Any], folder: Path) -> "SearchScan":
         """Paths that are not absolute count from ``folder``."""
         location, scaling = table["location"], table["scaling"]
+        names, channel = [location["image"], location["brain"]], location["channel"]
+        if (
+            not all(isinstance(name, str) and "\0" not in name for name in names if name is not None)
+            or names[0] is None
+        ):
+            raise ValueError(f"the location {names}")
+        shape, box = table["shape"], table["box"]
+        numbers = [*shape, *(n for ends in box for n in ends), *([] if channel is None else [channel])]
+        if not (len(shape) == len(box) == 3 and all(type(n) is int and n >= 0 for n in numbers)):
+            raise ValueError(f"the shape {shape} and the box {box}")
+        if any(not low < high <= size for (low, high), size in zip(box, shape, strict=True)):
+            raise ValueError(f"the box {box} in {shape}")
         brain = None if location["brain"] is None else str(folder / location["brain"])
-        cut = float("inf") if scaling["cut"] is None else scaling["cut"]
+        cut = float("inf") if scaling["cut"] is None else finite(scaling["cut"])
         return cls(
             kept=Location(str(folder / location["image"]), location["channel"], brain),
             shape=tuple(table["shape"]),
             box=tuple((a, b) for a, b in table["box"]),  # type: ignore[arg-type]
-            scaling=Scaling(cut, scaling["top"]),
+            scaling=Scaling(cut, finite(scaling["top"])),
         )
+
+
+def finite(value: Any) -> float:
+    """A number of an artefact. Raises ValueError for anything else."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{value!r} where a number should be")
+    return float(value)
 
 
 def _mapped(path: str) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        return map_array(Path(path))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: cannot be read ({error}), expected a training subject's volume, which Search compares queries "

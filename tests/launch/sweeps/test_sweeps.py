@@ -20,7 +20,7 @@ from mrgen.errors import UserError
 from mrgen.files import write_json
 from mrgen.launch.status import read_status
 from mrgen.launch.sweeps import jobs as sweeps
-from mrgen.launch.sweeps.jobs import Job, objective, read_jobs, sweep_status, write_jobs
+from mrgen.launch.sweeps.jobs import Job, objective, read_jobs, sweep_status, view, write_jobs
 from mrgen.launch.sweeps.resuming import resumed
 from tests.launch import stand_in
 from tests.launch.tools import Called
@@ -414,6 +414,41 @@ def test_a_look_at_a_sweep_leaves_nothing_behind(mrgen: Script, tmp_path: Path):
     assert "0_rsnet: UserError: no" in called.out
     assert [path.name for path in tmp_path.iterdir()] == ["sweep"]
     assert "found no sweep.json; expected the folder of a sweep" in mrgen("evaluate", f"sweep={tmp_path}").message
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("status.json", b'{"state": "finishee"}'),
+        ("status.json", b"\xff"),
+        ("metrics.csv", b"epoch,step,val/loss\n0,3,o.5\n"),
+        ("metrics.csv", b"epoch,step,val/loss\n0,3\n"),
+        ("config.yaml", b"monitor: [val/loss"),
+        ("config.yaml", "name: é".encode("latin-1")),
+    ],
+)
+def test_one_damaged_job_does_not_hide_the_others(tmp_path: Path, file: str, content: bytes, capsys):
+    for number in (0, 1):
+        make(tmp_path, job(number), {"state": "finished"})
+    (tmp_path / "0_rsnet" / file).write_bytes(content)
+    write_jobs(tmp_path, [job(0), job(1)])
+    bad, good = sweep_status(tmp_path)
+    assert (bad.state, good.state) == ("unreadable", "finished")
+    assert re.search(rf"0_rsnet/{re.escape(file)}: .+[,;] expected .+; (put back|remove)", bad.reason)
+    view(tmp_path)
+    assert "0_rsnet: " + bad.reason in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[1", "- 1", "hydra: 3", "hydra: {sweeper: {}}", "a: &a [1]\nb: [*a, *a]", "hydra: {overrides: {task: 3}}"],
+)
+def test_a_damaged_sweep_is_not_gone_on_with(mrgen: Script, tmp_path: Path, content: str):
+    folder = tmp_path / "sweep"
+    write_jobs(folder, [])
+    (folder / "multirun.yaml").write_text(content)
+    said = mrgen("train", f"resume={folder}").message
+    assert re.search(r"multirun\.yaml: found .+; put back a copy that is whole, or resume its runs one by one", said)
 
 
 def test_the_objective_is_the_least_finite_value_of_the_monitor(tmp_path: Path):
