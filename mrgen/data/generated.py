@@ -31,6 +31,7 @@ from mrgen.data.lesions import manipulate
 from mrgen.data.slices import SiteSlices
 from mrgen.data.store import StoredSubject, write_subject, write_synced
 from mrgen.errors import UserError
+from mrgen.files import open_to_read
 from mrgen.protocols import Generated, LabelMaps
 
 __all__ = [
@@ -70,12 +71,15 @@ def read_generated(store: Path | str) -> dict[str, Any] | None:
     """
     path = Path(store) / _TABLE
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        with open_to_read(path) as file:
+            table = json.loads(file.read().decode("utf-8"))
         version = table["version"]
         lacking = [key for key in _KEYS if key not in table]
+        if not isinstance(table.get("complete", True), bool) or not isinstance(table.get("patients", []), list):
+            raise TypeError
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path}: cannot be read as a synthetic cohort's table ({type(error).__name__}); delete the folder and "
             "generate anew"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mrgen.errors import UserError
+from mrgen.files import open_to_read
 
 SETS = ("train", "val", "test")
 _STRATA = ("grade", "site")
@@ -58,12 +59,13 @@ class Split:
     def load(cls, path: str | Path) -> "Split":
         """Read what `save` wrote, or the same by hand: {"train": [ids], "val": [ids], "test": [ids]}."""
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            with open_to_read(Path(path)) as file:
+                content = json.loads(file.read().decode("utf-8"))
         except OSError as error:
             raise UserError(
                 f"split file {path}: cannot be read ({error.strerror}). Give the path of a saved split."
             ) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"split file {path}: is not JSON ({error}). Write it with Split.save.") from None
         if not isinstance(content, dict) or set(content) != set(SETS):
             found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
