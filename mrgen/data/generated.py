@@ -75,6 +75,8 @@ def read_generated(store: Path | str) -> dict[str, Any] | None:
     table = read_json(path, expected=expected, remedy=remedy)
     if not isinstance(table, dict) or "version" not in table:
         raise UserError(f"{path}: found no version in it, expected {expected}; {remedy}")
+    if not isinstance(table.get("complete", True), bool) or not isinstance(table.get("patients", []), list):
+        raise UserError(f"{path}: found complete or patients of another type, expected {expected}; {remedy}")
     version = table["version"]
     lacking = [key for key in _KEYS if key not in table]
     if version != VERSION or lacking:

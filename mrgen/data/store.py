@@ -82,7 +82,7 @@ class Store:
 
     Raises:
         UserError: the folder holds no store, one of another version, or a subject that is damaged: all tables, and the
-            types and sizes of all arrays are looked at (0.2 s of 1,251 subjects).
+            types and sizes of all arrays are looked at (0.5 s of 1,251 subjects).
     """
 
     def __init__(self, path: Path | str) -> None:

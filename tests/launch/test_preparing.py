@@ -84,6 +84,22 @@ def test_sequences_can_be_chosen(mrgen: Script, tmp_path: Path, raw: Path):
     assert Store(tmp_path / "two").modalities == ("flair", "t1")
 
 
+def test_forgetting_the_modalities_leaves_a_good_store_alone_whatever_strict_says(
+    mrgen: Script, tmp_path: Path, raw: Path
+):
+    arguments = ("data=brats2019", f"data.root={raw}", f"data.store={tmp_path}/two", "workers=0")
+    assert mrgen("prepare", *arguments, "data.modalities=[flair,t1]").code == 0
+    before = files(tmp_path / "two")
+    called = mrgen("prepare", *arguments, "strict=false")
+    assert called.code == 1
+    assert "data.modalities=[flair,t1] keeps them" in called.message
+    assert files(tmp_path / "two") == before
+    assert "3 unchanged" in mrgen("prepare", *arguments, "data.modalities=[flair,t1]", "verify=true").out
+    called = mrgen("prepare", *arguments, "prune=true")
+    assert "3 prepared" in called.out
+    assert Store(tmp_path / "two").modalities == ("t1", "t1ce", "t2", "flair")
+
+
 # ----- checking ------------------------------------------------------------------------------------------------------
 
 

@@ -126,7 +126,7 @@ def test_scans_that_a_run_was_trained_on_are_found_in_another_store_by_their_vox
     tmp_path: Path, phantom_store: Path, sweep: Path
 ):
     """Under other names, of other patients."""
-    other = unlabelled(phantom_store, tmp_path / "other", brighter=0)
+    other = unlabelled(phantom_store, tmp_path / "other", sweep / "1", brighter=0)
     for path in other.glob("*/subject.json"):  # from before checksums were recorded: by their statistics
         path.write_text(json.dumps({**json.loads(path.read_text()), "checksums": {}}))
         with pytest.raises(
