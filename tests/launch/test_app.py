@@ -417,3 +417,21 @@ def test_with_m_a_run_is_not_resumed(mrgen: Script, rsnet_run: Path):
     called = mrgen("train", "-m", f"resume={rsnet_run}")
     assert called.code == 1
     assert "goes on with one run; leave -m out" in called.message
+
+
+def test_a_second_interrupt_ends_the_process_with_one_line():
+    """While what was begun is being ended; the first one raises KeyboardInterrupt, as ever."""
+    code = """
+import os, signal
+from mrgen.launch import app
+app._end_at_the_second_interrupt()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("ending", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+print("never")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "ending\n")
+    assert done.stderr == "error: interrupted twice, and ended at once; what was saved before is whole\n"

@@ -161,7 +161,7 @@ def test_an_artefact_that_asks_for_another_class_is_refused(tmp_path: Path, phan
         with pytest.raises(UserError, match=message):
             load_run(run_dir)
     path.write_text("{")
-    with pytest.raises(UserError, match=r"description\.json: cannot be read"):
+    with pytest.raises(UserError, match=r"description\.json: found no JSON"):
         load_run(run_dir)
 
 

@@ -28,6 +28,7 @@ from mrgen.files import read_metrics, write_json
 from mrgen.launch import going_on, training
 from mrgen.launch.going_on import SameStart, Saved, check_config, is_finished, newest, only_here
 from mrgen.launch.status import is_alive, read_status
+from mrgen.launch.sweeps import resuming
 from mrgen.launch.training import fill_from_store, train
 from mrgen.papers.rsnet import RSNet
 from tests.launch.test_training import differences
@@ -375,3 +376,36 @@ def test_a_process_is_alive_as_far_as_this_machine_can_tell():
     assert not is_alive(status(started="2001-01-01T00:00:00+0000"))
     elsewhere = datetime.now(timezone(timedelta(hours=-11)))  # a shell with another TZ
     assert is_alive(status(pid=os.getpid(), started=elsewhere.strftime("%Y-%m-%dT%H:%M:%S%z")))
+
+
+@pytest.mark.parametrize("name", ["run", "a run", "o'clock", 'the "best"', "ümlaut"])
+def test_a_folder_may_be_quoted_as_hydra_would_have_it(tmp_path: Path, name: str):
+    folder = tmp_path / name
+    folder.mkdir()
+    conf = "name: x\nmodel: {}\ntrainer: {}\ndata: {sampling: {_target_: mrgen.X}}\n"
+    (folder / "config.yaml").write_text(conf)
+    plain = resuming.resumed([f"resume={folder}"])
+    assert resuming.resumed([f"resume={resuming.quoted(folder)}"]) == plain
+    if '"' not in name:
+        assert resuming.resumed([f'resume="{folder}"']) == plain
+
+
+@pytest.mark.parametrize("content", [b"", b"[1", b"- 1", "name: é".encode("latin-1"), b"name: x", b"a: &a [1]\nb: *a"])
+def test_a_damaged_config_is_refused_before_hydra_reads_it(tmp_path: Path, content: bytes):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"config\.yaml: .*expected the config that mrgen-train wrote; put back a copy"):
+        resuming.resumed([f"resume={tmp_path}"])
+    assert (tmp_path / "config.yaml").read_bytes() == content
+
+
+def test_a_picture_that_was_being_drawn_when_the_run_was_killed_is_removed(tmp_path: Path):
+    for name in ("images", "estimator", "checkpoints"):
+        (tmp_path / name).mkdir()
+    left = [tmp_path / "images" / ".epoch-0010.png.0123abc", tmp_path / "estimator" / ".entries.npz.0f"]
+    whole = tmp_path / "images" / "epoch-0005.png"
+    for path in (*left, whole):
+        path.write_bytes(b"")
+    with only_here(tmp_path):
+        pass
+    assert whole.exists()
+    assert not any(path.exists() for path in left)
