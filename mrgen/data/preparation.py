@@ -192,18 +192,19 @@ def prepare_cohort(
 def fingerprint(files: SubjectFiles, root: Path) -> dict[str, Any]:
     """What a subject is made from: its fields, and each file's place, size and time of change."""
     paths = {**files.images, **({"label": files.label} if files.label else {})}
-    stats = {
-        name + " voxels" * (part != path): (part, part.stat())
-        for name, path in paths.items()
-        for part in files_of(path)
-    }
+    parts = {name + " voxels" * n: part for name, path in paths.items() for n, part in enumerate(files_of(path))}
     return {
         "fields": [files.patient, files.grade, files.site],
-        "files": {
-            name: [path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns]
-            for name, (path, stat) in stats.items()
-        },
+        "files": {name: [path.relative_to(root).as_posix(), *_size_and_change(path)] for name, path in parts.items()},
     }
+
+
+def _size_and_change(path: Path) -> tuple[int | None, int | None]:
+    try:
+        stat = path.stat()
+    except OSError:  # it vanished; what reads it says so
+        return None, None
+    return stat.st_size, stat.st_mtime_ns
 
 
 def render(report: Report) -> "RenderableType":
@@ -254,15 +255,8 @@ class _Task:
             return _row(files, None, None, "bad"), [Problem(files.id, str(files.folder), what, "too large")], ()
 
     def _prepared(self, files: SubjectFiles) -> "_Result":
-        try:
-            source = fingerprint(files, self.root)  # before reading: a file that changes meanwhile is read again
-            subject, problems = check_subject(files, self.layout)
-        except OSError as error:
-            message = f"cannot be read ({error.strerror or error}), expected the subject's files; restore them"
-            subject, problems = (
-                None,
-                [Problem(files.id, error.filename or str(files.folder), message, "unreadable file")],
-            )
+        source = fingerprint(files, self.root)  # before reading: a file that changes meanwhile is read again
+        subject, problems = check_subject(files, self.layout)
         if subject is None:
             if self.store is not None:
                 remove_subject(self.store, files.id)
