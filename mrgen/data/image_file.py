@@ -15,6 +15,7 @@ import numpy as np
 from mrgen.data.memory import free_memory
 
 LARGEST_VOLUME = 2**29  # voxels; a whole head at 0.25 mm, the finest scanned alive, has fewer
+USUAL_VOLUME = 2**25  # voxels, 320³; up to it a scan is tried whatever is free, for other workers give theirs back
 WORKING_BYTES = 64  # that checking and masking take for each voxel at their peak, measured, beyond the file's own
 SIDES = (0.05, 50.0)  # mm, of a voxel; metres or micrometres called mm lie outside
 FARTHEST = 1e5  # mm from the origin
@@ -110,7 +111,7 @@ def check_size(shape: Sequence[int], needed: int) -> None:
         message = f"found a header that claims {size} voxels, expected {LARGEST_VOLUME:,} or fewer; resample it"
         raise BadFileError("too large", message)
     taken, free = needed + WORKING_BYTES * voxels, free_memory()
-    if free is not None and taken > free:
+    if voxels > USUAL_VOLUME and free is not None and taken > free:
         message = (
             f"found a header that claims {size} voxels, which take {taken / 1e9:.1f} GB of memory, expected at most "
             f"the {free / 1e9:.1f} GB that are free; use fewer workers or a larger machine"

@@ -126,15 +126,8 @@ class _Task:
             return row_of(files, None, None, "bad"), [Problem(files.id, str(files.folder), what, "too large")], ()
 
     def _prepared(self, files: SubjectFiles) -> "_Result":
-        try:
-            source = fingerprint(files, self.root)  # before reading: a file that changes meanwhile is read again
-            subject, problems = check_subject(files, self.layout)
-        except OSError as error:
-            message = f"cannot be read ({error.strerror or error}), expected the subject's files; restore them"
-            subject, problems = (
-                None,
-                [Problem(files.id, error.filename or str(files.folder), message, "unreadable file")],
-            )
+        source = fingerprint(files, self.root)  # before reading: a file that changes meanwhile is read again
+        subject, problems = check_subject(files, self.layout)
         if subject is None:
             return row_of(files, None, None, "bad"), problems, ()
         spacing = np.linalg.norm(subject.affine[:3, :3], axis=0).tolist()

@@ -28,7 +28,9 @@ def read_volume(path: Path) -> Volume:
     try:
         return BY_NAME.get(path.suffix.lower(), read_nifti)(path)
     except OSError as error:
-        message = f"cannot be read ({error.strerror or error}), expected an image"
+        other = error.filename is not None and Path(error.filename) != path
+        which = f"its voxels in {Path(error.filename).name} cannot" if other else "cannot"
+        message = f"{which} be read ({error.strerror or error}), expected an image"
         raise BadFileError("unreadable file", message) from None
     except MemoryError:
         message = "found a volume that does not fit into memory; use fewer workers or a larger machine"

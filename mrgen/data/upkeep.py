@@ -156,18 +156,19 @@ def fingerprint(files: SubjectFiles, root: Path) -> dict[str, Any]:
     """What a subject is made from: its fields, and each file's place, size and time of change."""
     others = {"label": files.label, "brain": files.brain}
     paths = {**files.images, **{name: path for name, path in others.items() if path is not None}}
-    stats = {
-        name + " voxels" * (part != path): (part, part.stat())
-        for name, path in paths.items()
-        for part in files_of(path)
-    }
+    parts = {name + " voxels" * n: part for name, path in paths.items() for n, part in enumerate(files_of(path))}
     return {
         "fields": [files.patient, files.grade, files.site],
-        "files": {
-            name: [path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns]
-            for name, (path, stat) in stats.items()
-        },
+        "files": {name: [path.relative_to(root).as_posix(), *_size_and_change(path)] for name, path in parts.items()},
     }
+
+
+def _size_and_change(path: Path) -> tuple[int | None, int | None]:
+    try:
+        stat = path.stat()
+    except OSError:  # it vanished; what reads it says so
+        return None, None
+    return stat.st_size, stat.st_mtime_ns
 
 
 def waiting(report: Report, subjects: Sequence[SubjectFiles], before: Before, root: Path) -> list[SubjectFiles]:
@@ -183,10 +184,7 @@ def waiting(report: Report, subjects: Sequence[SubjectFiles], before: Before, ro
             fields = table["source"].get("fields")
             if isinstance(fields, list) and len(fields) == 3:
                 files = replace(files, patient=fields[0], grade=fields[1], site=fields[2])
-        try:
-            source = fingerprint(files, root)
-        except OSError:
-            source = None  # the worker says why
+        source = fingerprint(files, root)
         if table is not None and before.is_good(files.id) and table["source"] == source:
             report.rows.append(row_of(files, table["shape"], table["spacing"], "unchanged"))
         elif _is_occupied(report.store / files.id):

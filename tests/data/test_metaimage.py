@@ -129,7 +129,7 @@ def test_big_endian_voxels(tmp_path, key):
         ("ElementDataFile", "LIST", "found voxels in several files"),
         ("ElementDataFile", "/dev/zero", "found voxels in '/dev/zero', expected a file in the header's own folder"),
         ("ElementDataFile", "../scan.raw", "found voxels in '../scan.raw'"),
-        ("ElementDataFile", "other.raw", "cannot be read (No such file or directory)"),
+        ("ElementDataFile", "other.raw", "its voxels in other.raw cannot be read (No such file or directory)"),
         ("ElementDataFile", None, "found no MetaImage header"),
     ],
 )

@@ -265,12 +265,15 @@ def test_a_bomb_takes_no_memory(tmp_path, data, fault):
 
 
 def test_the_memory_at_hand_is_known_before_any_is_taken(tmp_path, monkeypatch):
-    monkeypatch.setattr("mrgen.data.image_file.free_memory", lambda: 300_000)
-    assert refused(tmp_path / "scan.nii", content()) == (
-        "found a header that claims 16×18×20 voxels, which take 0.0 GB of memory, expected at most the 0.0 GB that are "
-        "free; use fewer workers or a larger machine"
+    data = content(dim=(3, 512, 512, 512, 1, 1, 1, 1))  # 0.3 GB of int16, and 8.6 GB to work with
+    monkeypatch.setattr("mrgen.data.image_file.free_memory", lambda: 4_000_000_000)
+    assert refused(tmp_path / "scan.nii", data) == (
+        "found a header that claims 512×512×512 voxels, which take 8.9 GB of memory, expected at most the 4.0 GB that "
+        "are free; use fewer workers or a larger machine"
     )
-    monkeypatch.setattr("mrgen.data.image_file.free_memory", lambda: 500_000)
+    monkeypatch.setattr("mrgen.data.image_file.free_memory", lambda: 9_000_000_000)
+    assert "found 11,872 bytes of image, expected 268,435,808" in refused(tmp_path / "scan.nii", data)
+    monkeypatch.setattr("mrgen.data.image_file.free_memory", lambda: 0)
     assert read(tmp_path / "scan.nii", content()).array.shape == SHAPE
 
 

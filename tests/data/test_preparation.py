@@ -545,6 +545,19 @@ def test_other_voxels_behind_the_same_header_are_prepared_anew(tmp_path, store):
     np.testing.assert_array_equal(Store(store).subjects["S1"].read_image()[0], scan(7)[::-1, ::-1])
 
 
+def test_voxels_that_vanished_behind_their_header_are_one_line(tmp_path, store):
+    root = tmp_path / "raw"
+    layout = own_cohort(root)
+    prepare_cohort(layout, root, store, workers=0, progress=False)
+    (root / "S1" / "t1.raw").unlink()
+    report = prepare_cohort(layout, root, store, workers=0, progress=False)
+    assert report.unchanged == ["S0", "S2", "S3"]
+    (problem,) = report.problems
+    assert "S1/t1.mhd: its voxels in t1.raw cannot be read (No such file or directory), expected an image" in str(
+        problem
+    )
+
+
 def test_what_headers_left_open_is_said_and_no_problem(root, store):
     report = prepare(root, store)
     assert len(report.notes) == 15
