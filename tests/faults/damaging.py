@@ -1,0 +1,162 @@
+"""One damaged file: a fresh copy of the world, one mutation, the command, the outcome."""
+
+import json
+import random
+import shutil
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.faults.doors import KINDS, Door, Kind
+from tests.faults.mutations import PLACES, Unfit
+from tests.faults.outcome import Outcome, Product, judge, tree
+from tests.faults.process import NOTHING, Ended, run
+from tests.faults.products import content
+
+__all__ = ["Damaged", "damage", "expectations"]
+
+BY_NAME = {kind.name: kind for kind in KINDS}
+TRIES = 30
+HERE = "here"
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """What a case was, and what became of it."""
+
+    kind: str
+    seed: int
+    mutation: str
+    file: str
+    outcome: Outcome
+    seconds: float
+
+
+def copy_parts(world: Path, door: Door, scratch: Path) -> Path:
+    """A folder with the door's parts of the world, fresh."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    here = scratch / HERE
+    here.mkdir(parents=True)
+    for part in door.parts:
+        (here / part).parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if (world / part).is_dir() else shutil.copy2)(world / part, here / part)
+    return here
+
+
+def expectations(world: Path, scratch: Path) -> dict[str, Product]:
+    """By kind, the product of undamaged files. Raises where a command fails on those, or is not deterministic."""
+    known: dict[Door, Product] = {}
+    for door in dict.fromkeys(kind.door for kind in KINDS):
+        twice = []
+        for _ in range(2):
+            here = copy_parts(world, door, scratch)
+            ended = run(door.script, door.arguments, here)
+            if ended.code or ended.forbidden:
+                raise RuntimeError(f"mrgen-{door.script} {door.arguments}: {ended.code} {ended.forbidden}\n{ended.said}")
+            twice.append(dict(door.product(here, ended)))
+        if not twice[0] or twice[0] != twice[1]:
+            raise RuntimeError(f"mrgen-{door.script} {door.arguments}: two runs made {twice}")
+        known[door] = twice[0]
+    return {kind.name: known[kind.door] for kind in KINDS}
+
+
+@cache
+def _order(kind: Kind) -> list[Any]:
+    candidates = list(kind.candidates)
+    random.Random(kind.name).shuffle(candidates)
+    return candidates
+
+
+def damage(name: str, seed: int, world: Path, scratch: Path, expected: Product) -> Damaged:
+    """Runs one case.
+
+    Args:
+        name: of the kind.
+        seed: of the file, the mutation and its place.
+        world, scratch: folders: of what is copied, and of this case.
+        expected: the product of undamaged files.
+    """
+    kind, rng = BY_NAME[name], random.Random(f"{name} {seed}")
+    here = copy_parts(world, kind.door, scratch)
+    files = sorted({path for glob in kind.files for path in here.glob(glob)})
+    mutator, path, before = _mutate(kind, files, seed, rng)
+    place = path.relative_to(here).as_posix()
+    trees, initial = [tree(here)], kind.door.product(here, NOTHING)
+    ended = run(kind.door.script, kind.door.arguments, here)
+    trees.append(tree(here))
+    excused = kind.excuse(path, before, here)  # the command may have mended the file
+    was, now = ({name: content for name, content in each.items() if name != place} for each in trees)
+    found = kind.door.product(here, ended)
+    outcome = judge(
+        ended,
+        expected=expected,
+        found=found,
+        initial=initial,
+        own=_own(kind, place, expected),
+        names=_names(kind, path, here, before),
+        before=was,
+        after=now,
+        writes=kind.door.writes,
+        excused=excused,
+    )
+    shutil.rmtree(scratch, ignore_errors=True)
+    return Damaged(name, seed, mutator.__name__, place, outcome, round(ended.seconds, 2))
+
+
+def _mutate(kind: Kind, files: list[Path], seed: int, rng: random.Random) -> tuple[Any, Path, bytes]:
+    """Damages one of the files so that it is another."""
+    order = _order(kind)
+    for attempt in range(TRIES):
+        mutator, path = order[(seed + attempt) % len(order)], rng.choice(files)
+        before = path.read_bytes()
+        if mutator in PLACES:
+            mutator(path)
+            return mutator, path, before
+        try:
+            after = mutator(before, rng)
+        except (Unfit, ValueError, IndexError, UnicodeDecodeError):
+            continue
+        if after != before:
+            path.write_bytes(after)
+            return mutator, path, before
+    raise RuntimeError(f"{kind.name}: nothing to damage")
+
+
+def _own(kind: Kind, place: str, expected: Product) -> list[str]:
+    """The parts of the product that depend on a file: of a subject's or a job's its own, of others all."""
+    parts = [part for part in expected if part in place.split("/")] if kind.door.apart else []
+    return parts or list(expected)
+
+
+def _names(kind: Kind, path: Path, here: Path, before: bytes) -> set[str]:
+    """By which a message may call a damaged file: its name, its folder's, and the keys of it that are others."""
+    place = path.relative_to(here)
+    folder = {"checkpoints", "estimator", "raw", "key"}
+    run = [parent.as_posix() for parent in place.parents if parent.name and parent.name not in folder]
+    near = [parent for parent in run if "/" in parent] or run
+    names = {place.name, place.stem, *kind.names, *near, Path(near[0]).name if near else ""}
+    if path.suffix in (".json", ".yaml"):
+        names |= _changed_keys(path, before)
+    return {name for name in names if len(name) > 1}
+
+
+def _changed_keys(path: Path, before: bytes) -> set[str]:
+    read = json.loads if path.suffix == ".json" else yaml.safe_load
+    try:
+        return {key for key in _differences(read(before), read(content(path))) if len(key) > 3}
+    except (OSError, ValueError, yaml.YAMLError, RecursionError, AttributeError):
+        return set()
+
+
+def _differences(old: Any, new: Any, key: str = "") -> set[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return {found for name in old for found in _differences(old[name], new.get(name, ...), str(name))}
+    return set() if old == new else {key}
+
+
+def refused(ended: Ended) -> bool:
+    """Whether a command refused in a sentence."""
+    return ended.code == 1 and "Traceback" not in ended.said and ended.said.count("error: ") == 1
