@@ -46,9 +46,7 @@ def _expected(job: Job, world: Path, scratch: Path, known: dict[str, Product]) -
     return known[""]
 
 
-def _limited(
-    name: str, size: int, world: Path, known: dict[str, Product], scratch: Path
-) -> tuple[str, Outcome]:
+def _limited(name: str, size: int, world: Path, known: dict[str, Product], scratch: Path) -> tuple[str, Outcome]:
     job = JOBS[name]
     expected = _expected(job, world, scratch, known)
     here = copy_parts(world, job.door, scratch)
@@ -57,9 +55,7 @@ def _limited(
     return "files end there", _refused(ended) or finish(job, here, before, expected)
 
 
-def _on_disk(
-    name: str, size: str, world: Path, known: dict[str, Product], scratch: Path
-) -> tuple[str, Outcome]:
+def _on_disk(name: str, size: str, world: Path, known: dict[str, Product], scratch: Path) -> tuple[str, Outcome]:
     job = JOBS[name]
     expected = _expected(job, world, scratch, known)
     here = copy_parts(world, job.door, scratch)

@@ -112,9 +112,7 @@ ON_SYNTHETIC = Door(
 
 def _synthesize(run: str, output: str = "again", *parts: str) -> Door:
     arguments = (f"checkpoint=runs/{run}", "input=patients", f"output={output}", *INFER)
-    return Door(
-        "synthesize", arguments, (f"runs/{run}", "patients", *parts), (f"{output}/*",), products.images(output)
-    )
+    return Door("synthesize", arguments, (f"runs/{run}", "patients", *parts), (f"{output}/*",), products.images(output))
 
 
 NPY = (npy_header, *BYTES[:6], npy_header, *BYTES[6:], npy_header, npy_header)

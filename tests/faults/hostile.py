@@ -57,7 +57,13 @@ CONFIG, HYDRA = "runs/rsnet/config.yaml", "runs/rsnet/.hydra/config.yaml"
 CHECKPOINT = "runs/rsnet/checkpoints/best.ckpt"
 RESUMED = (
     *(("model",), ("model", "lr"), ("callbacks", "stranger"), ("augmentation", "transforms"), ("data", "augmentation")),
-    *(("data", "normalisation"), ("data", "sampling"), ("data", "split"), ("data", "mix", "enhancement"), ("tracking",)),
+    *(
+        ("data", "normalisation"),
+        ("data", "sampling"),
+        ("data", "split"),
+        ("data", "mix", "enhancement"),
+        ("tracking",),
+    ),
     *(("trainer", "strategy"), ("trainer", "profiler"), ("trainer", "logger"), ("trainer", "plugins"), ("launch",)),
     *(("trainer", "callbacks"), ("trainer", "default_root_dir"), ("trainer", "precision"), ("seed",), ("name",)),
     *(("hydra", "callbacks", "stranger"), ("hydra", "launcher"), ("hydra", "sweeper"), ("hydra", "job_logging")),
@@ -101,9 +107,19 @@ PLACES: dict[str, Place] = {
 FLOW = "{_target_:os.system,command:'touch canary'}"
 OVERRIDES = (  # of a sweep's task or of Hydra, as multirun.yaml and sweep.json hold them
     *(f"+callbacks.stranger={FLOW}", f"+callbacks.stranger={{_target_:os.system,_args_:['touch {CANARY}']}}"),
-    *(f"++hydra.callbacks.stranger={FLOW}", f"+hydra.launcher.stranger={FLOW}", f"hydra.launcher._target_={CANARY}_module"),
+    *(
+        f"++hydra.callbacks.stranger={FLOW}",
+        f"+hydra.launcher.stranger={FLOW}",
+        f"hydra.launcher._target_={CANARY}_module",
+    ),
     *("hydra.searchpath=[file://victims]", "--config-dir=victims", "hydra.run.dir=victims", "hydra.sweep.dir=victims"),
-    *("model._target_=os.system", "~model", "launch.detach=true", "+model.x=${oc.env:FAULT_SECRET}", "hydra.job.chdir=true"),
+    *(
+        "model._target_=os.system",
+        "~model",
+        "launch.detach=true",
+        "+model.x=${oc.env:FAULT_SECRET}",
+        "hydra.job.chdir=true",
+    ),
     *("hydra.sweep.subdir=../../victims", "name=../victims", "+trainer.default_root_dir=canary"),
 )
 PICKLES = {
@@ -147,7 +163,13 @@ def attempts(world: Path, *, thorough: bool) -> list[Attempt]:
         rng = random.Random(place_name)
         chosen = [("os.system", "plain"), ("torch.load", "interpolated"), *rng.sample(pairs, 8), pairs[-1]]
         for target, way in chosen if thorough else rng.sample(chosen, 1):
-            found.append((place_name.partition(":")[0], f"{place_name} {target} {way}", partial(_said, place_name, target, way, world)))
+            found.append(
+                (
+                    place_name.partition(":")[0],
+                    f"{place_name} {target} {way}",
+                    partial(_said, place_name, target, way, world),
+                )
+            )
     for override in OVERRIDES if thorough else OVERRIDES[:3]:
         found.append(("multirun.yaml", override, partial(_overridden, override, world)))
     for file in PICKLES if thorough else [*PICKLES][:4]:
@@ -277,7 +299,7 @@ def _linked(file: str, dangling: bool, world: Path, scratch: Path) -> tuple[str,
     here = _open(door, world, scratch)
     path, victims = here / file, here / "victims"
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = path.is_dir() or not path.suffix and not path.name.startswith(".")
+    folder = path.is_dir() or (not path.suffix and not path.name.startswith("."))
     if path.is_dir():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
@@ -296,4 +318,3 @@ def _repository(world: Path, scratch: Path) -> tuple[str, Outcome]:
         shutil.copy(hook, here / ".git" / "hooks" / name)
     outcome = _judged(STARTED, here, also=".git/*")
     return "core.fsmonitor and hooks of a repository around the run", outcome
-

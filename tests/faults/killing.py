@@ -1,4 +1,4 @@
-"""Commands that are killed at any moment and run again: the end is that of an uninterrupted one, and nothing is left."""
+"""Commands that are killed and run again: the end is that of an uninterrupted one, and nothing is left behind."""
 
 import random
 import re
@@ -97,9 +97,9 @@ def attempts(world: Path, kills: int) -> list[tuple[str, str, Callable[[Path], t
     how = ("KILL", "KILL", "TERM", "KILL", "INT", "KILL", "KILL", "INT twice")
     counts: dict[str, int] = {}
     found = []
-    for name in order:
+    for place, name in enumerate(order):
         number = counts[name] = counts.get(name, -1) + 1
-        call = partial(_killed, name, how[number % len(how)], number, world, timed[name])
+        call = partial(_killed, name, how[place % len(how)], number, world, timed[name])
         found.append((name, f"{number}", call))
     return found
 
@@ -117,7 +117,7 @@ def _timed(job: Job, world: Path, scratch: Path) -> tuple[float, float, Product]
     if ended.code:
         raise RuntimeError(f"mrgen-{job.door.script} {job.door.arguments}: {ended.code}\n{ended.said}")
     product = job.door.product(here, ended)
-    shutil.rmtree(scratch)
+    shutil.rmtree(scratch, ignore_errors=True)
     return first, ended.seconds, product
 
 

@@ -125,7 +125,7 @@ BYTES: tuple[Mutator, ...] = (
 )
 
 
-# ----- something else in a file's place --------------------------------------------------------------------------------
+# ----- something else in a file's place ------------------------------------------------------------------------------
 
 
 def gone(path: Path) -> None:
@@ -170,7 +170,7 @@ def filled_folder(path: Path) -> None:
 PLACES: tuple[Callable[[Path], None], ...] = (gone, folder, pipe, link_to_nothing, link_to_itself, endless, huge_hole)
 
 
-# ----- inside containers -----------------------------------------------------------------------------------------------
+# ----- inside containers ---------------------------------------------------------------------------------------------
 
 
 def inside_gzip(mutator: Mutator) -> Mutator:

@@ -8,7 +8,17 @@ from typing import Any
 
 import torch
 
-__all__ = ["SECRET", "TARGETS", "WRAPPED", "Runs", "pickled", "pickled_archive", "pickled_array", "pickled_checkpoint", "plant_helpers"]
+__all__ = [
+    "SECRET",
+    "TARGETS",
+    "WRAPPED",
+    "Runs",
+    "pickled",
+    "pickled_archive",
+    "pickled_array",
+    "pickled_checkpoint",
+    "plant_helpers",
+]
 
 SECRET = "fault-secret-value"  # of an environment variable that no file may be given
 CANARY = "canary"
@@ -69,7 +79,10 @@ TARGETS: dict[str, dict[str, Any]] = {
     "torch.load": {"_target_": "torch.load", "f": "payload.pt", "weights_only": False},
     "numpy.load": {"_target_": "numpy.load", "file": "payload.npy", "allow_pickle": True},
     "joblib.load": {"_target_": "joblib.load", "filename": "payload.bin"},
-    "pickle.loads": {"_target_": "pickle.load", "file": {"_target_": "builtins.open", "file": "payload.bin", "mode": "rb"}},
+    "pickle.loads": {
+        "_target_": "pickle.load",
+        "file": {"_target_": "builtins.open", "file": "payload.bin", "mode": "rb"},
+    },
     "Path.write_text": {"_target_": "pathlib.Path.write_text", "self": PATH, "data": "x", "_args_": [PATH, "x"]},
     "Path.touch": {"_target_": "pathlib.Path.touch", "_args_": [PATH]},
     "open": {"_target_": "builtins.open", "file": CANARY, "mode": "w"},
@@ -92,7 +105,10 @@ TARGETS: dict[str, dict[str, Any]] = {
     "call": {"_target_": "hydra.utils.call", "config": {"_target_": "os.system", "command": f"touch {CANARY}"}},
     "CsvLogger": {"_target_": "mrgen.launch.csv_logger.CsvLogger", "path": CANARY},
     "HistogramStandardization": {"_target_": "torchio.HistogramStandardization", "landmarks": {"t1": "payload.npy"}},
-    "torchio.Lambda": {"_target_": "torchio.Lambda", "function": {"_target_": "os.system", "command": f"touch {CANARY}"}},
+    "torchio.Lambda": {
+        "_target_": "torchio.Lambda",
+        "function": {"_target_": "os.system", "command": f"touch {CANARY}"},
+    },
     "torchio.ScalarImage": {"_target_": "torchio.ScalarImage", "path": "payload.npy"},
     "datamodule": {"_target_": "mrgen.data.datamodule.CohortDataModule", "store": "victims"},
     "Trainer": {"_target_": "pytorch_lightning.Trainer", "default_root_dir": CANARY},
@@ -117,7 +133,7 @@ def _flow(node: Any) -> str:
 WRAPPED = {
     "plain": lambda node: node,
     "interpolated": lambda node: f"${{oc.create:{_flow(node)}}}",
-    "decoded": lambda node: "${oc.create:${oc.decode:\"" + _flow(node).replace('"', '\\"') + "\"}}",
+    "decoded": lambda node: '${oc.create:${oc.decode:"' + _flow(node).replace('"', '\\"') + '"}}',
     "in a list": lambda node: [node],
     "as an argument of ours": lambda node: {"_target_": "mrgen.data.normalisation.ZScore", "_args_": [node]},
     "environment": lambda node: "${oc.env:FAULT_SECRET}",

@@ -1,6 +1,6 @@
 """One command in a process of its own: watched, limited, and killed where a case asks for it.
 
-The process is forked from one that has imported everything and computed nothing, so that a command costs its work alone.
+The process is forked from one that has imported everything and computed nothing: a command costs its work alone.
 """
 
 import atexit
@@ -13,6 +13,7 @@ import time
 import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,10 +75,8 @@ class Started:
 
     def tell(self, number: int, *, group: bool = True) -> None:
         """Sends a signal, to its children as well as a terminal and a batch system do."""
-        try:
+        with suppress(ProcessLookupError):
             (os.killpg if group else os.kill)(self.pid, number)
-        except ProcessLookupError:
-            pass
 
     def wait(self, limit: float = LIMIT) -> Ended:
         """Its end, which comes when its time is over at the latest."""

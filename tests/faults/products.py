@@ -45,12 +45,12 @@ def store(folder: Path) -> Product:
     return found
 
 
-def of_store(name: str):  # noqa: ANN201
+def of_store(name: str):
     """The product ``store`` of a folder of that name."""
     return lambda here, ended: store(here / name)
 
 
-def weights(run: str):  # noqa: ANN201
+def weights(run: str):
     """The last weights of a run, its metrics and its split; of an estimator its artefact."""
 
     def product(here: Path, ended: Ended) -> Product:
@@ -71,7 +71,7 @@ def weights(run: str):  # noqa: ANN201
     return product
 
 
-def images(output: str):  # noqa: ANN201
+def images(output: str):
     """Every NIfTI file below a folder, unpacked; of a store its subjects."""
 
     def product(here: Path, ended: Ended) -> Product:
@@ -87,7 +87,7 @@ def images(output: str):  # noqa: ANN201
     return product
 
 
-def tables(folder: str, *names: str):  # noqa: ANN201
+def tables(folder: str, *names: str):
     """CSV tables of a judgement."""
 
     def product(here: Path, ended: Ended) -> Product:

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -25,6 +26,7 @@ from tests.faults.process import preload
 
 __all__ = ["Case", "main", "try_all"]
 
+LONGEST = 400  # seconds; a case has several commands, each of which has a limit of its own
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -53,7 +55,7 @@ def cases(folder: Path, *, mutants: int, kills: int) -> list[Case]:
     from tests.faults.doors import KINDS
 
     world = folder / "world" / damaging.HERE
-    expected = damaging.expectations(world, folder / "scratch" / "expected")
+    expected = damaging.expectations(world, folder / "scratch" / "expected", twice=mutants > 500)
 
     def damaged(name: str, seed: int, scratch: Path) -> tuple[str, Outcome]:
         case = damaging.damage(name, seed, world, scratch, expected[name])
@@ -99,7 +101,16 @@ _CASES: list[Case] = []  # known to the workers, which are forked
 
 
 def _numbered(number: int, folder: Path) -> dict[str, Any]:
-    return _try(_CASES[number], folder)
+    signal.signal(signal.SIGALRM, _too_long)
+    signal.alarm(LONGEST)
+    try:
+        return _try(_CASES[number], folder)
+    finally:
+        signal.alarm(0)
+
+
+def _too_long(*_: object) -> None:
+    raise TimeoutError(f"a case took more than {LONGEST} s: the harness waits for something")
 
 
 def try_all(folder: Path, todo: list[Case], jobs: int) -> Iterator[dict[str, Any]]:

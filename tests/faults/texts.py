@@ -100,7 +100,7 @@ def repeated_key(data: bytes, rng: random.Random) -> bytes:
         raise Unfit
     line = rng.choice(lines)
     key, _, _ = line.partition(b":")
-    return data.replace(line, line + (b"" if line.rstrip().endswith(b",") else b"") + b"\n" + key + b": 7", 1)
+    return data.replace(line, line + b"\n" + key + b": 7" + b"," * line.rstrip().endswith(b","), 1)
 
 
 def _rows(data: bytes) -> list[list[str]]:

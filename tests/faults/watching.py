@@ -28,7 +28,10 @@ CHANGES = {
     "shutil.move": ((0, None), (1, None)),
     "shutil.copyfile": ((1, None),),
 }
-ALWAYS = {"os.system", "os.exec", "os.symlink", "pickle.find_class", "socket.connect", "ftplib.connect", "urllib.Request"}
+ALWAYS = {
+    *("os.system", "os.exec", "os.symlink", "pickle.find_class", "socket.connect"),
+    *("ftplib.connect", "urllib.Request"),
+}
 PROGRAMS = {"git", "uname", "lscpu", "nvidia-smi", "ldconfig", "gcc", "scontrol", "squeue", "sacct"}
 DEVICES = ("/dev/null", "/dev/tty", "/dev/shm/", "/proc/self/")
 
@@ -75,13 +78,13 @@ def watch(folder: Path, notes: Path) -> None:
 def _look(event: str, arguments: tuple[Any, ...], beyond: Callable[..., bool], note: Callable[[str], None]) -> None:
     if event == "open":
         path, _, flags = arguments
-        if isinstance(flags, int) and flags & WRITING and path is not None:
-            if beyond(path, follow=not flags & (os.O_NOFOLLOW | os.O_EXCL)):
-                note(f"wrote to {path!r}")
+        writes = isinstance(flags, int) and flags & WRITING and path is not None
+        if writes and beyond(path, follow=not flags & (os.O_NOFOLLOW | os.O_EXCL)):
+            note(f"wrote to {path!r}")
         return
     if event == "subprocess.Popen":
         program = os.path.basename(os.fsdecode(arguments[0] or arguments[1][0]))
-        if program not in PROGRAMS and not program.startswith("python") or CANARY in str(arguments[1]):
+        if (program not in PROGRAMS and not program.startswith("python")) or CANARY in str(arguments[1]):
             note(f"started {arguments[1]}")
         return
     if event == "pickle.find_class":

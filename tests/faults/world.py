@@ -19,7 +19,8 @@ CPU = ("trainer.accelerator=cpu", "trainer.precision=32-true", "tracking=csv", "
 INFER = ("device=cpu", "precision=32-true")
 BARE = ("trainer.enable_progress_bar=false", *CPU)
 STORE = ("data.store=store", "data.root=cohort", "data.phantom.spacing=5", "data.phantom.subjects=8")
-RSNET = ("experiment=rsnet/rsnet", "model.filters=2", "model.levels=2", "model.mc_samples=2")
+# A learning rate at which the second epoch is worse: the best checkpoint is another than the last.
+RSNET = ("experiment=rsnet/rsnet", "model.filters=2", "model.levels=2", "model.mc_samples=2", "model.lr=0.3")
 SNET = ("experiment=rsnet/snet", "model.net.filters=2", "model.net.levels=2")
 CLUSTERING = ("experiment=smoke/clustering",)
 SAMR = ("experiment=smoke/samr", "model.filters=2", "model.unet_filters=2", "model.discriminator_filters=2")
