@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from tests.faults.damaging import copy_parts
-from tests.faults.killing import JOBS, leftovers
+from tests.faults.killing import JOBS, leftovers, timed
 from tests.faults.outcome import Outcome, lost, tree
-from tests.faults.process import Ended, run, start
+from tests.faults.process import Ended, start
 
 __all__ = ["attempts"]
 
@@ -28,12 +28,10 @@ def attempts(world: Path, *, thorough: bool) -> list[tuple[str, str, Callable[[P
 
 def _twice(name: str, number: int, world: Path, scratch: Path) -> tuple[str, Outcome]:
     job, rng = JOBS[name], random.Random(f"{name} {number}")
-    alone = copy_parts(world, job.door, scratch)
-    first = run(job.door.script, job.door.arguments, alone)
-    expected = job.door.product(alone, first)
+    _, whole, expected = timed(name, world)
     here = copy_parts(world, job.door, scratch)
     before = tree(here)
-    later = 0.0 if number == 0 else rng.random() * first.seconds
+    later = 0.0 if number == 0 else rng.random() * whole
     # Their notes must not be one: each command has a folder of its own beside the shared one.
     running = [start(job.door.script, job.door.arguments, here)]
     time.sleep(later)

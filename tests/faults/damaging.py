@@ -1,9 +1,9 @@
 """One damaged file: a fresh copy of the world, one mutation, the command, the outcome."""
 
 import json
+import os
 import random
 import shutil
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,26 +13,14 @@ import yaml
 from tests.faults.doors import KINDS, Door, Kind
 from tests.faults.mutations import PLACES, Unfit
 from tests.faults.outcome import Outcome, Product, judge, tree
-from tests.faults.process import NOTHING, Ended, run
+from tests.faults.process import NOTHING, run
 from tests.faults.products import content
 
-__all__ = ["Damaged", "damage", "expectations"]
+__all__ = ["copy_parts", "damage", "expected"]
 
 BY_NAME = {kind.name: kind for kind in KINDS}
 TRIES = 30
 HERE = "here"
-
-
-@dataclass(frozen=True)
-class Damaged:
-    """What a case was, and what became of it."""
-
-    kind: str
-    seed: int
-    mutation: str
-    file: str
-    outcome: Outcome
-    seconds: float
 
 
 def copy_parts(world: Path, door: Door, scratch: Path) -> Path:
@@ -46,23 +34,20 @@ def copy_parts(world: Path, door: Door, scratch: Path) -> Path:
     return here
 
 
-def expectations(world: Path, scratch: Path, *, twice: bool) -> dict[str, Product]:
-    """By kind, the product of undamaged files. Raises where a command fails, or ``twice`` makes another one."""
-    known: dict[Door, Product] = {}
-    for door in dict.fromkeys(kind.door for kind in KINDS):
-        products = []
-        for _ in range(1 + twice):
-            here = copy_parts(world, door, scratch)
-            ended = run(door.script, door.arguments, here)
-            if ended.code or ended.forbidden:
-                raise RuntimeError(
-                    f"mrgen-{door.script} {door.arguments}: {ended.code} {ended.forbidden}\n{ended.said}"
-                )
-            products.append(dict(door.product(here, ended)))
-        if not products[0] or products[0] != products[-1]:
-            raise RuntimeError(f"mrgen-{door.script} {door.arguments}: made {products}")
-        known[door] = products[0]
-    return {kind.name: known[kind.door] for kind in KINDS}
+@cache
+def expected(door: Door, world: Path, *, twice: bool = False) -> Product:
+    """What a door makes of undamaged files. Raises where the command fails, or makes another product ``twice``."""
+    products = []
+    for _ in range(1 + twice):
+        here = copy_parts(world, door, world.parent / f"expected of {os.getpid()}")
+        ended = run(door.script, door.arguments, here)
+        if ended.code or ended.forbidden:
+            raise RuntimeError(f"mrgen-{door.script} {door.arguments}: {ended.code} {ended.forbidden}\n{ended.said}")
+        products.append(dict(door.product(here, ended)))
+        shutil.rmtree(here.parent)
+    if not products[0] or products[0] != products[-1]:
+        raise RuntimeError(f"mrgen-{door.script} {door.arguments}: made {products}")
+    return products[0]
 
 
 @cache
@@ -72,16 +57,19 @@ def _order(kind: Kind) -> list[Any]:
     return candidates
 
 
-def damage(name: str, seed: int, world: Path, scratch: Path, expected: Product) -> Damaged:
+def damage(name: str, seed: int, world: Path, scratch: Path) -> tuple[str, Outcome]:
     """Runs one case.
 
     Args:
         name: of the kind.
         seed: of the file, the mutation and its place.
         world, scratch: folders: of what is copied, and of this case.
-        expected: the product of undamaged files.
+
+    Returns:
+        What was done, and what became of it.
     """
     kind, rng = BY_NAME[name], random.Random(f"{name} {seed}")
+    whole = expected(kind.door, world)
     here = copy_parts(world, kind.door, scratch)
     files = sorted({path for glob in kind.files for path in here.glob(glob)})
     mutator, path, before = _mutate(kind, files, seed, rng)
@@ -94,10 +82,10 @@ def damage(name: str, seed: int, world: Path, scratch: Path, expected: Product) 
     found = kind.door.product(here, ended)
     outcome = judge(
         ended,
-        expected=expected,
+        expected=whole,
         found=found,
         initial=initial,
-        own=_own(kind, place, expected),
+        own=_own(kind, place, whole),
         names=_names(kind, path, here, before),
         before=was,
         after=now,
@@ -105,7 +93,7 @@ def damage(name: str, seed: int, world: Path, scratch: Path, expected: Product) 
         excused=excused,
     )
     shutil.rmtree(scratch, ignore_errors=True)
-    return Damaged(name, seed, mutator.__name__, place, outcome, round(ended.seconds, 2))
+    return f"{mutator.__name__} of {place}", outcome
 
 
 def _mutate(kind: Kind, files: list[Path], seed: int, rng: random.Random) -> tuple[Any, Path, bytes]:
@@ -157,8 +145,3 @@ def _differences(old: Any, new: Any, key: str = "") -> set[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         return {found for name in old for found in _differences(old[name], new.get(name, ...), str(name))}
     return set() if old == new else {key}
-
-
-def refused(ended: Ended) -> bool:
-    """Whether a command refused in a sentence."""
-    return ended.code == 1 and "Traceback" not in ended.said and ended.said.count("error: ") == 1

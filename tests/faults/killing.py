@@ -1,13 +1,15 @@
 """Commands that are killed and run again: the end is that of an uninterrupted one, and nothing is left behind."""
 
+import os
 import random
 import re
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from tests.faults.damaging import copy_parts
@@ -17,7 +19,7 @@ from tests.faults.process import NOTHING, Ended, run, start
 from tests.faults.products import images, of_store, tables, weights
 from tests.faults.world import BARE, CLUSTERING, INFER, RSNET, STORE, train_arguments
 
-__all__ = ["JOBS", "Job", "attempts", "finish", "leftovers"]
+__all__ = ["JOBS", "Job", "attempts", "finish", "leftovers", "timed"]
 
 LEFT = re.compile(r"(^|/)\.[^/]*(\.partial|\.gone|\.[0-9a-f]{6,})(/|$)|\.tmp$")
 
@@ -88,25 +90,24 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def attempts(world: Path, kills: int) -> list[tuple[str, str, Callable[[Path], tuple[str, Outcome]]]]:
-    """So many kills, dealt out over the commands; of three in four by SIGKILL, the others as a user or a queue ends."""
+    """So many kills, dealt out over the commands; most by SIGKILL, the others as a user or a queue ends a command."""
     deck = [name for name in JOBS if name not in SELDOM] * 6 + list(SELDOM)
-    order = [deck[number % len(deck)] for number in range(kills)]
-    timed: dict[str, tuple[float, float, Product]] = {}
-    for name in dict.fromkeys(order):
-        timed[name] = _timed(JOBS[name], world, world.parent / "timing")
     how = ("KILL", "KILL", "TERM", "KILL", "INT", "KILL", "KILL", "INT twice")
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     found = []
-    for place, name in enumerate(order):
-        number = counts[name] = counts.get(name, -1) + 1
-        call = partial(_killed, name, how[place % len(how)], number, world, timed[name])
-        found.append((name, f"{number}", call))
+    for place in range(kills):
+        name = deck[place % len(deck)]
+        call = partial(_killed, name, how[place % len(how)], counts[name], world)
+        found.append((name, f"{counts[name]}", call))
+        counts[name] += 1
     return found
 
 
-def _timed(job: Job, world: Path, scratch: Path) -> tuple[float, float, Product]:
-    """When the command first writes, when it ends, and what it makes."""
-    here = copy_parts(world, job.door, scratch)
+@cache
+def timed(name: str, world: Path) -> tuple[float, float, Product]:
+    """When a command first writes, when it ends, and what it makes if nobody ends it."""
+    job = JOBS[name]
+    here = copy_parts(world, job.door, world.parent / f"timing of {os.getpid()}")
     before = _newest(here / job.output)
     began = time.monotonic()
     running = start(job.door.script, job.door.arguments, here)
@@ -117,7 +118,7 @@ def _timed(job: Job, world: Path, scratch: Path) -> tuple[float, float, Product]
     if ended.code:
         raise RuntimeError(f"mrgen-{job.door.script} {job.door.arguments}: {ended.code}\n{ended.said}")
     product = job.door.product(here, ended)
-    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(here.parent)
     return first, ended.seconds, product
 
 
@@ -125,11 +126,9 @@ def _newest(folder: Path) -> int:
     return max((path.lstat().st_mtime_ns for path in (folder, *folder.rglob("*")) if path.exists()), default=0)
 
 
-def _killed(
-    name: str, how: str, number: int, world: Path, timed: tuple[float, float, Product], scratch: Path
-) -> tuple[str, Outcome]:
+def _killed(name: str, how: str, number: int, world: Path, scratch: Path) -> tuple[str, Outcome]:
     job, rng = JOBS[name], random.Random(f"{name} {number}")
-    first, whole, expected = timed
+    first, whole, expected = timed(name, world)
     here = copy_parts(world, job.door, scratch)
     before = tree(here)
     moment = first * 0.7 + rng.random() * (whole - first * 0.7)

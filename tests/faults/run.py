@@ -32,46 +32,49 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to try: ``call`` is given a folder of its own and returns what the case was, and its outcome."""
+    """One thing to try.
+
+    Attributes:
+        group, name: a row of the table, and the case of it.
+        call: is given a folder of its own, and returns what was done and what became of it.
+        known: a function and its arguments, whose cached result the case asks for; called before processes fork.
+    """
 
     group: str
     name: str
     call: Callable[[Path], tuple[str, Outcome]]
+    known: tuple[Any, ...] = ()
 
     @property
     def key(self) -> str:
         return f"{self.group}/{self.name}"
 
 
-def cases(folder: Path, *, mutants: int, kills: int) -> list[Case]:
+def cases(world: Path, *, mutants: int, kills: int) -> list[Case]:
     """Everything that is tried, in an order that meets every kind early.
 
     Args:
-        folder: with ``world``.
+        world: what is damaged.
         mutants: damaged files, at least one of every kind.
         kills: of all commands together.
     """
     from tests.faults import contention, damaging, disk, hostile, killing
     from tests.faults.doors import KINDS
 
-    world = folder / "world" / damaging.HERE
-    expected = damaging.expectations(world, folder / "scratch" / "expected", twice=mutants > 500)
-
-    def damaged(name: str, seed: int, scratch: Path) -> tuple[str, Outcome]:
-        case = damaging.damage(name, seed, world, scratch, expected[name])
-        return f"{case.mutation} of {case.file}", case.outcome
-
-    rounds = max(1, -(-mutants // len(KINDS)))
-    found = [
-        Case(f"damaged: {kind.name}", str(seed), partial(damaged, kind.name, seed))
-        for seed in range(rounds)
-        for kind in KINDS
-    ]
-    for module, group in ((hostile, "hostile"), (disk, "disk full"), (contention, "at once")):
-        found += [
-            Case(f"{group}: {door}", name, call) for door, name, call in module.attempts(world, thorough=mutants > 500)
-        ]
-    found += [Case(f"killed: {door}", name, call) for door, name, call in killing.attempts(world, kills)]
+    found = []
+    for seed in range(max(1, -(-mutants // len(KINDS)))):
+        for kind in KINDS:
+            call = partial(damaging.damage, kind.name, seed, world)
+            found.append(Case(f"damaged: {kind.name}", str(seed), call, (damaging.expected, kind.door, world)))
+    thorough = mutants > 500
+    for door, name, call in hostile.attempts(world, thorough=thorough):
+        found.append(Case(f"hostile: {door}", name, call))
+    for group, attempts in (
+        ("disk full", disk.attempts(world, thorough=thorough)),
+        ("at once", contention.attempts(world, thorough=thorough)),
+        ("killed", killing.attempts(world, kills)),
+    ):
+        found += [Case(f"{group}: {job}", name, call, (killing.timed, job, world)) for job, name, call in attempts]
     return found
 
 
@@ -115,6 +118,8 @@ def _too_long(*_: object) -> None:
 
 def try_all(folder: Path, todo: list[Case], jobs: int) -> Iterator[dict[str, Any]]:
     """Runs cases in so many processes, which are forked from this one."""
+    for function, *arguments in dict.fromkeys(case.known for case in todo if case.known):
+        function(*arguments)
     _CASES[:] = todo
     with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=50) as pool:
         yield from pool.imap_unordered(partial(_numbered, folder=folder), range(len(todo)))
@@ -136,7 +141,7 @@ def results(folder: Path, *, mutants: int, kills: int, jobs: int, only: str = ""
     if log.is_file():
         lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
         known = {f"{line['group']}/{line['case']}": line for line in lines}
-    wanted = [case for case in cases(folder, mutants=mutants, kills=kills) if only in case.key]
+    wanted = [case for case in cases(folder / "world" / "here", mutants=mutants, kills=kills) if only in case.key]
     done = [known[case.key] for case in wanted if case.key in known]
     todo = [case for case in wanted if case.key not in known]
     began = time.monotonic()

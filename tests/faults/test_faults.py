@@ -12,7 +12,7 @@ from tests.faults.outcome import BAD, OUTCOMES
 from tests.faults.table import BEGIN, END
 
 ROOT = Path(__file__).resolve().parents[2]
-SHORT = ("--mutants", "42", "--kills", "16", "--jobs", "2")
+SHORT = ("--mutants", "1", "--kills", "14", "--jobs", "2")
 
 
 @pytest.fixture(scope="module")

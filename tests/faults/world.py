@@ -66,7 +66,7 @@ def build(here: Path) -> None:
         return
     shutil.rmtree(here, ignore_errors=True)
     here.mkdir(parents=True)
-    called("prepare", ["data=phantom", *STORE, "workers=2"], here)
+    called("prepare", ["data=phantom", *STORE, "workers=0"], here)
     for name, preset, epochs in (
         ("rsnet", RSNET, 2),
         ("snet", SNET, 1),
