@@ -122,7 +122,7 @@ def _own(kind: Kind, place: str, expected: Product) -> list[str]:
 
 
 def _names(kind: Kind, path: Path, here: Path, before: bytes) -> set[str]:
-    """By which a message may call a damaged file: its name, its folder's, and the keys of it that are others."""
+    """By which a message may call a damaged file: its name, its folder's, and what of its content is another."""
     place = path.relative_to(here)
     folder = {"checkpoints", "estimator", "raw", "key"}
     run = [parent.as_posix() for parent in place.parents if parent.name and parent.name not in folder]
@@ -136,7 +136,7 @@ def _names(kind: Kind, path: Path, here: Path, before: bytes) -> set[str]:
 def _changed_keys(path: Path, before: bytes) -> set[str]:
     read = json.loads if path.suffix == ".json" else yaml.safe_load
     try:
-        return {key for key in _differences(read(before), read(content(path))) if len(key) > 3}
+        return {name[:200] for name in _differences(read(before), read(content(path))) if len(name) > 3}
     except (OSError, ValueError, yaml.YAMLError, RecursionError, AttributeError):
         return set()
 
@@ -144,4 +144,7 @@ def _changed_keys(path: Path, before: bytes) -> set[str]:
 def _differences(old: Any, new: Any, key: str = "") -> set[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         return {found for name in old for found in _differences(old[name], new.get(name, ...), str(name))}
-    return set() if old == new else {key}
+    if old == new:
+        return set()
+    listed = [item for item in new if item not in old] if isinstance(old, list) and isinstance(new, list) else [new]
+    return {key, *(item.partition("=")[0] for item in listed if isinstance(item, str))}

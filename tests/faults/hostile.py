@@ -179,7 +179,8 @@ def attempts(world: Path, *, thorough: bool) -> list[Attempt]:
     for file in LINKS if thorough else [*LINKS][::6]:
         for dangling in (False, True) if thorough else (False,):
             found.append(("links", f"{file}{' to nothing' * dangling}", partial(_linked, file, dangling, world)))
-    found.append(("git", "fsmonitor", partial(_repository, world)))
+    for variable in ("", "GIT_DIR"):
+        found.append(("git", f"fsmonitor {variable}".strip(), partial(_repository, variable, world)))
     return found
 
 
@@ -203,10 +204,10 @@ def _open(door: Door, world: Path, scratch: Path) -> Path:
     return here
 
 
-def _judged(door: Door, here: Path, also: str = "") -> Outcome:
+def _judged(door: Door, here: Path, also: str = "", **environment: str) -> Outcome:
     """Runs the door and looks whether anything was done that the file said."""
     before = tree(here)
-    ended = run(door.script, door.arguments, here, environment={"FAULT_SECRET": SECRET})
+    ended = run(door.script, door.arguments, here, environment={"FAULT_SECRET": SECRET, **environment})
     after = tree(here)
     said = " ".join(ended.said.split())[-250:]
     if ended.forbidden:
@@ -323,7 +324,7 @@ def _linked(file: str, dangling: bool, world: Path, scratch: Path) -> tuple[str,
     return f"a link to {'nothing' if dangling else 'a victim'} as {file}", _judged(door, here, also=file)
 
 
-def _repository(world: Path, scratch: Path) -> tuple[str, Outcome]:
+def _repository(variable: str, world: Path, scratch: Path) -> tuple[str, Outcome]:
     here = _open(STARTED, world, scratch)
     subprocess.run(["git", "init", "-q", here], check=True, capture_output=True)
     hook = here / "monitor.sh"
@@ -332,5 +333,6 @@ def _repository(world: Path, scratch: Path) -> tuple[str, Outcome]:
     subprocess.run(["git", "-C", here, "config", "core.fsmonitor", str(hook)], check=True)
     for name in ("post-index-change", "pre-commit", "post-checkout"):
         shutil.copy(hook, here / ".git" / "hooks" / name)
-    outcome = _judged(STARTED, here, also=".git/*")
-    return "core.fsmonitor and hooks of a repository around the run", outcome
+    told = {variable: str(here / ".git")} if variable else {}
+    outcome = _judged(STARTED, here, also=".git/*", **told)
+    return f"core.fsmonitor and hooks of a repository around the run {variable}".strip(), outcome

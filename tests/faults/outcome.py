@@ -3,6 +3,7 @@
 import fnmatch
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ __all__ = ["BAD", "OUTCOMES", "Outcome", "Product", "Tree", "judge", "named", "t
 OUTCOMES = ("right", "clear error", "untold", "unclear", "traceback", "hang", "silently wrong", "executed", "lost")
 BAD = OUTCOMES[3:]
 ALWAYS_WRITTEN = ("**/.lock", "**/status.json")  # also by a command that refuses
+COMPLAINT = re.compile(r"\b(found|cannot|damaged|left out|is gone|anew|changed|no such|mended|restored)\b")
 LONGEST = 3000  # characters of a message that somebody reads
 
 Product = Mapping[str, str]  # what a command made: parts that a user would look at, by name, with a digest each
@@ -129,8 +131,7 @@ def _is_damaged(content: str) -> bool:
 def _reported(ended: Ended, names: Collection[str]) -> bool:
     """Whether a line of its own, and not only a table's row, says what is wrong."""
     lines = [line for line in ended.said.splitlines() if not line.lstrip().startswith(("│", "┃", "─", "━"))]
-    words = ("found", "cannot", "expected", "damaged", "left out", "gone", "anew", "changed", "no such", "not ")
-    return any(named(line, names) and any(word in line for word in words) for line in lines)
+    return any(named(line, names) and COMPLAINT.search(line) for line in lines)
 
 
 def _last_line(ended: Ended) -> str:

@@ -77,6 +77,8 @@ TRACEBACK = Ended(1, "", "Traceback (most recent call last):\nKeyError: 'a.json'
         (FINE, {"a": "1", "b": "2"}, {"file": "x"}, "right"),
         (FINE, {"a": "9", "b": "2"}, {"file": "x"}, "silently wrong"),
         (FINE, {"a": "1", "b": "9"}, {"file": "x"}, "lost"),
+        (Ended(0, " a.json  48×48  unchanged\n", "", False, 1.0, ()), {"a": "9", "b": "2"}, {"file": "x"}, "silently wrong"),
+        (Ended(0, "a.json: damaged, made anew\n", "", False, 1.0, ()), {"a": "9", "b": "2"}, {"file": "x"}, "clear error"),
         (FINE, {"a": "1", "b": "2"}, {}, "lost"),
         (CLEAR, {"b": "2"}, {"file": "x"}, "clear error"),
         (Ended(1, "", "error: something\n", False, 1.0, ()), {"b": "2"}, {"file": "x"}, "unclear"),
