@@ -67,6 +67,8 @@ def test_what_commands_do_is_allowed(tmp_path: Path) -> None:
 
 
 FINE = Ended(0, "", "", False, 1.0, ())
+ROW = Ended(0, " a.json  48×48  unchanged\n", "", False, 1.0, ())
+MENDED = Ended(0, "a.json: damaged, made anew\n", "", False, 1.0, ())
 CLEAR = Ended(1, "", "error: a.json: found nothing\n", False, 1.0, ())
 TRACEBACK = Ended(1, "", "Traceback (most recent call last):\nKeyError: 'a.json'\n", False, 1.0, ())
 
@@ -77,8 +79,8 @@ TRACEBACK = Ended(1, "", "Traceback (most recent call last):\nKeyError: 'a.json'
         (FINE, {"a": "1", "b": "2"}, {"file": "x"}, "right"),
         (FINE, {"a": "9", "b": "2"}, {"file": "x"}, "silently wrong"),
         (FINE, {"a": "1", "b": "9"}, {"file": "x"}, "lost"),
-        (Ended(0, " a.json  48×48  unchanged\n", "", False, 1.0, ()), {"a": "9", "b": "2"}, {"file": "x"}, "silently wrong"),
-        (Ended(0, "a.json: damaged, made anew\n", "", False, 1.0, ()), {"a": "9", "b": "2"}, {"file": "x"}, "clear error"),
+        (ROW, {"a": "9", "b": "2"}, {"file": "x"}, "silently wrong"),
+        (MENDED, {"a": "9", "b": "2"}, {"file": "x"}, "clear error"),
         (FINE, {"a": "1", "b": "2"}, {}, "lost"),
         (CLEAR, {"b": "2"}, {"file": "x"}, "clear error"),
         (Ended(1, "", "error: something\n", False, 1.0, ()), {"b": "2"}, {"file": "x"}, "unclear"),
