@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format types bench docker clean
+.PHONY: help demo test test-slow faults lint format types bench docker clean
 DOCKER ?= docker
 
 help:  ## this list
@@ -23,6 +23,9 @@ test: $(READY)  ## the fast suite, a process a core up to four
 
 test-slow: $(READY)  ## the slow tests alone
 	$(BIN)/python -m pytest -m slow
+
+faults: $(READY)  ## 2,000 damaged files, hostile ones, 200 kills, full disks: the table of docs/reliability.md (about 40 minutes on 2 cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.run build/faults --report docs/reliability.md --findings build/faults/findings.md
 
 lint: $(READY)  ## ruff, and formatting as it should be
 	$(BIN)/ruff check .
