@@ -125,7 +125,7 @@ OVERRIDES = (  # of a sweep's task or of Hydra, as multirun.yaml and sweep.json 
 )
 PICKLES = {
     "store/BraTS19_CBICA_AAE_1/image.npy": (doors.TRAIN, pickled_array),
-    "store/BraTS19_CBICA_AAE_1/label.npy": (doors._prepared("++verify=true"), pickled_array),
+    "store/BraTS19_CBICA_AAE_1/label.npy": (doors._prepared("verify=true"), pickled_array),
     "store/BraTS19_CBICA_AAE_1/brain.npy": (doors.TRAIN, pickled),
     CHECKPOINT: (SYNTHESIZE, pickled_checkpoint),
     f"{CHECKPOINT} ": (SYNTHESIZE, pickled),
