@@ -24,6 +24,7 @@ def task(conf: DictConfig) -> None:
         return
     if conf.evaluation is None:
         raise UserError("nothing says what to judge; choose a preset, such as experiment=rsnet/swap")
+    from mrgen.launch.going_on import only_here
     from mrgen.launch.judging.augmenting import judge_augmentation
     from mrgen.launch.judging.availability import judge_availability
     from mrgen.launch.judging.benching import judge_bench
@@ -43,7 +44,8 @@ def task(conf: DictConfig) -> None:
         raise UserError(f"{', '.join(asked)}: only samples have a blind sheet; choose experiment=samr/samples")
     judge = judges.get(conf.evaluation.kind, evaluate)
     out_dir = Path(HydraConfig.get().runtime.output_dir)
-    results = judge(conf, out_dir)
+    with only_here(out_dir, use="written to"):
+        results = judge(conf, out_dir)
     track_results(conf, results)
     print(f"results: {results}")
 

@@ -32,7 +32,7 @@ __all__ = [
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, the user's share of it, what the process may write
 # Of a process, or of a split. Nobody else's files are named like that.
-LEFTOVER = re.compile(r"\..+\.(ckpt|csv|json|npy|npz|png|yaml)\.[0-9a-f]+")
+LEFTOVER = re.compile(r"\..+\.(ckpt|csv|html|json|md|npy|npz|png|txt|yaml)\.[0-9a-f]+")
 LARGEST = 2**28  # bytes of a file that is read as a whole: tables and settings, which are small
 
 
@@ -81,6 +81,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if path.is_dir() and not path.is_symlink():
+            raise UserError(f"{path}: found a folder, expected a file or nothing; remove it")
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -226,7 +228,7 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     Raises:
         UserError: it is damaged.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return []
     expected = "epochs, steps and metrics as a training wrote them"
     remedy = "put back a copy that is whole, or move the file away: the run goes on without its earlier rows"

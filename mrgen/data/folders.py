@@ -110,14 +110,18 @@ class Folders:
         """The image files that a pattern means, relative to `base`, or to the root when it starts with `/`.
 
         Where it names a folder, the same last part is looked for inside: BraTS 2015 nests `…MR_T1.1/…MR_T1.1.mha`, and
-        some copies wrap `…_t1.nii` in a folder called `…_t1.nii`. Text files beside an image do not count.
+        some copies wrap `…_t1.nii` in a folder called `…_t1.nii`. Text files beside an image do not count. A folder
+        with an image's name and none inside stands for itself: whoever reads it says what is wrong.
         """
         base, pattern = (self.root, pattern.lstrip("/")) if pattern.startswith("/") else (base, pattern)
         files: list[Path] = []
         for path in self.find(base, pattern):
-            inside = path.name in self.listing(path.parent)[1]
-            files.extend(self.find(path, pattern.rsplit("/", 1)[-1]) if inside else [path])
-        files = [path for path in files if path.name not in self.listing(path.parent)[1]]
+            if path.name not in self.listing(path.parent)[1]:
+                files.append(path)
+                continue
+            inside = self.find(path, pattern.rsplit("/", 1)[-1])
+            inside = [file for file in inside if file.name not in self.listing(file.parent)[1]]
+            files.extend(inside or [path] * path.name.lower().endswith(_KNOWN_SUFFIXES))
         return [path for path in files if path.name.lower().endswith(_KNOWN_SUFFIXES)] or files
 
     def _find(self, folder: Path, segments: tuple[str, ...]) -> Iterator[Path]:

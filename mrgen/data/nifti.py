@@ -52,8 +52,11 @@ def read_nifti(path: Path) -> Volume:
         check_size(shape, needed)
         affine, notes = _affine(header, shape)
         slope, inter = _scaling(header)
-        if not packed and (size := _size(file)) != needed:
+        size = _size(file)
+        if not packed and size != needed:
             raise wrong_length("image", size, needed)
+        if size > needed + needed // 50 + 4096:  # nothing grows by that much when it is packed
+            raise wrong_length("gzipped image", size, needed)
         data = filled(stream, needed, start, "image")
         more = len(start) > needed
         for _ in range(64):  # at the end the checksum is compared; damage that only looks like more has its own name

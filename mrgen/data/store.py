@@ -95,7 +95,10 @@ class Store:
             )
         self.name: str = cohort["name"]
         self.modalities: tuple[str, ...] = tuple(cohort["modalities"])
-        self.layout = Layout.from_conf(cohort["layout"])
+        try:
+            self.layout = Layout.from_conf(cohort["layout"])
+        except UserError as error:
+            raise UserError(f"{self.path / COHORT}: {error}; run mrgen-prepare again to write it anew") from None
         tables, damaged = scan_subjects(self.path)
         shown = {id_: table for id_, table in tables.items() if table["settings"] == cohort["settings"]}
         self.hidden = len(tables) - len(shown)

@@ -146,7 +146,17 @@ def read_key(path: Path) -> list[dict[str, str]]:
     Raises:
         UserError: no such file, or another one.
     """
-    return _read(path, KEY, "the key.csv that was written with the sheet")
+    expected = "the key.csv that was written with the sheet"
+    key = _read(path, KEY, expected)
+    items: dict[str, list[str]] = {}
+    for line in key:
+        items.setdefault(line["item"], []).append(line["method"])
+    shown = sorted(next(iter(items.values())))
+    for item, methods in items.items():  # every item shows an image of each
+        if sorted(methods) != shown or len({*methods}) < len(methods):
+            found = f"{', '.join(methods)} in item {item} and {', '.join(shown)} in another"
+            raise UserError(f"{path}: found {found:.200}; expected {expected}, with the same methods in all")
+    return key
 
 
 def _read(path: Path, columns: Sequence[str], expected: str) -> list[dict[str, str]]:

@@ -77,7 +77,7 @@ def newest(run_dir: Path) -> Saved | None:
     found = None
     for name in ("last.ckpt", RESUME):
         path = run_dir / "checkpoints" / name
-        if not path.is_file():
+        if not os.path.lexists(path):
             continue
         content = read_checkpoint(path, remedy=REMEDY)
         steps = _steps(content)
@@ -184,14 +184,15 @@ def _epochs(conf: DictConfig) -> float:
 
 
 @contextmanager
-def only_here(run_dir: Path, *, enabled: bool = True) -> Iterator[None]:
-    """Keeps other processes from training in a folder, and removes what a killed one left behind.
+def only_here(run_dir: Path, *, use: str = "trained", enabled: bool = True) -> Iterator[None]:
+    """Keeps other processes from training in a folder, or judging into it, and removes what a killed one left behind.
 
     A lock on the folder, which ends with the process however that ends. Where the file system has no such locks, the
     folder's status tells, of processes on this machine.
 
     Args:
         run_dir: the run's folder.
+        use: what happens to it, for messages.
         enabled: False on every rank but the first.
 
     Raises:
@@ -202,8 +203,8 @@ def only_here(run_dir: Path, *, enabled: bool = True) -> Iterator[None]:
         return
     folder = os.open(run_dir, os.O_RDONLY)
     try:
-        _lock(folder, run_dir)
-        remove_leftovers(run_dir, *(run_dir / name for name in ("checkpoints", "estimator", "images")))
+        _lock(folder, run_dir, use)
+        remove_leftovers(run_dir, *(run_dir / name for name in ("blind", "checkpoints", "estimator", "images", "key")))
         yield
     finally:
         with suppress(OSError):  # children that were forked have it open too
@@ -211,7 +212,7 @@ def only_here(run_dir: Path, *, enabled: bool = True) -> Iterator[None]:
         os.close(folder)
 
 
-def _lock(folder: int, run_dir: Path) -> None:
+def _lock(folder: int, run_dir: Path, use: str) -> None:
     until = time.monotonic() + WAIT
     while True:
         try:
@@ -229,4 +230,4 @@ def _lock(folder: int, run_dir: Path) -> None:
             break
     status = read_status(run_dir)
     who = f"process {status['pid']} on {status['host']}" if status.get("pid") else "another process"
-    raise UserError(f"{run_dir}: is being trained by {who}; wait for its end, or end it first")
+    raise UserError(f"{run_dir}: is being {use} by {who}; wait for its end, or end it first")

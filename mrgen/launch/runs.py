@@ -1,6 +1,7 @@
 """Finished runs, read back: the model as it was trained, its data config and its split."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,7 +181,7 @@ def load_run(path: str | Path) -> Run:
     if path.is_dir():
         folder = path
         candidates = [path / "checkpoints" / "best.ckpt", path / "checkpoints" / "last.ckpt", path / ESTIMATOR]
-        checkpoint = next((file for file in candidates if file.is_file()), None)
+        checkpoint = next((file for file in candidates if os.path.lexists(file)), None)
         if checkpoint is None:
             status = seen_status(path)
             reason = f": {status['reason']}" if "reason" in status else ""
@@ -196,8 +197,19 @@ def load_run(path: str | Path) -> Run:
                 f"{folder}: no {needed}; expected the folder that mrgen-train wrote around {checkpoint.name}"
             )
     conf, split = read_config(folder / "config.yaml"), Split.load(folder / "split.json")
+    if path == folder and checkpoint.name == "last.ckpt" and _chose_best(conf, split, folder):
+        raise UserError(
+            f"{folder}: no checkpoints/best.ckpt, which the run's validation chose; put back a copy, or name the last "
+            f"one: {checkpoint}"
+        )
     model, description = (_load_estimator if checkpoint.name == ESTIMATOR.name else _load_network)(checkpoint, folder)
     return Run(folder, checkpoint, model, description, conf, split)
+
+
+def _chose_best(conf: DictConfig, split: Split, folder: Path) -> bool:
+    """Whether a run has finished in which a validation chose a checkpoint."""
+    validated = bool(split.val) and conf.get("monitor") and conf.trainer.get("limit_val_batches") != 0
+    return bool(validated) and seen_status(folder).get("state") == "finished"
 
 
 def _load_network(checkpoint: Path, folder: Path) -> tuple[Any, dict[str, Any]]:

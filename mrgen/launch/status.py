@@ -1,5 +1,6 @@
 """What a run says of itself: ``status.json`` in its folder, running, finished, preempted, or failed with the reason."""
 
+import hashlib
 import os
 import socket
 import time
@@ -14,11 +15,21 @@ from mrgen.errors import Preempted, UserError
 from mrgen.files import read_json, write_json
 from mrgen.launch.memory import out_of_memory
 
-__all__ = ["Outcome", "has_begun", "is_alive", "read_status", "recorded", "runs_here", "seen_status"]
+__all__ = [
+    "Outcome",
+    "digest_of_metrics",
+    "has_begun",
+    "is_alive",
+    "read_status",
+    "recorded",
+    "runs_here",
+    "seen_status",
+]
 
 STATES = ("running", "finished", "preempted", "failed")
+METRICS = "metrics.csv"
 UNREADABLE = "unreadable"
-KINDS = {"pid": int, "host": str, "started": str, "ended": str, "reason": str, "stopped": str}
+KINDS = {"metrics": str, "pid": int, "host": str, "started": str, "ended": str, "reason": str, "stopped": str}
 LEARNED = ("checkpoints/last.ckpt", "checkpoints/resume.ckpt", "estimator/estimator.json")
 
 
@@ -29,7 +40,7 @@ def read_status(run_dir: Path) -> dict[str, Any]:
         UserError: it is damaged.
     """
     path = run_dir / "status.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}
     expected = "what the run says of itself"
     remedy = "remove the file, and resume the run: its checkpoints are what it goes on from"
@@ -142,7 +153,13 @@ def recorded(run_dir: Path, *, command: str, enabled: bool = True) -> Iterator[O
             raise SystemExit(143) from error
         raise
     stopped = {"stopped": outcome.stopped} if outcome.stopped else {}
-    save(state="finished", ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"), **stopped)
+    save(state="finished", ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"), metrics=digest_of_metrics(run_dir), **stopped)
+
+
+def digest_of_metrics(run_dir: Path) -> str:
+    """SHA-256 of ``metrics.csv``, which a finished run keeps in its status; of nothing where there is none."""
+    path = run_dir / METRICS
+    return hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
 
 
 def _ending(error: BaseException) -> dict[str, str]:

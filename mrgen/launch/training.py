@@ -47,7 +47,7 @@ def fill_from_store(conf: DictConfig) -> None:
             f"data.store={conf.data.store}: found no synthetic cohort; make one with mrgen-synthesize checkpoint=RUN "
             "output=STORE of a generator's run, or set data.store"
         )
-    store = Store(Path(conf.data.store))
+    store = Store(Path(str(conf.data.store)))  # Hydra reads a folder called 7 as a number
     check_data([store.layout.to_conf(), list(store.modalities)], store.path / "cohort.json")  # lest they are resolved
     with open_dict(conf.data):
         conf.data.layout = store.layout.numbered(conf.data.labels).to_conf()

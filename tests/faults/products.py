@@ -34,7 +34,7 @@ def store(folder: Path) -> Product:
     for place in sorted(folder.glob("*/subject.json")):
         try:
             table = json.loads(content(place))
-            for key in ("revision", "source", "checksums"):
+            for key in ("revision", "source", "checksums", "checksum"):
                 table.pop(key, None)
             files = sorted(place.parent.glob("*.npy"))
             arrays = [np.load(io.BytesIO(content(path)), allow_pickle=False).tobytes() for path in files]

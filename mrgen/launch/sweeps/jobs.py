@@ -12,7 +12,7 @@ from mrgen.files import read_json, read_metrics, read_yaml, write_json
 from mrgen.launch.cluster.slurm import OVER, job_states
 from mrgen.launch.configs import EXPECTED, REMEDY, find_config
 from mrgen.launch.ranks import is_estimator
-from mrgen.launch.status import UNREADABLE, is_alive, seen_status
+from mrgen.launch.status import METRICS, UNREADABLE, digest_of_metrics, has_begun, is_alive, seen_status
 from mrgen.launch.sweeps.resuming import MULTIRUN
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 SWEEP = "sweep.json"
-METRICS = "metrics.csv"
+MOST = 10**6  # jobs
 LOST = "its process is gone and left no word"
 DASH = "–"
 
@@ -91,9 +91,11 @@ def _is_job(content: Any) -> bool:
     number, overrides, slurm_id = (content.get(key) for key in ("number", "overrides", "slurm_id"))
     return (
         type(number) is int
+        and 0 <= number < MOST
         and isinstance(overrides, list)
-        and all(isinstance(text, str) for text in (content.get("name"), content.get("folder"), *overrides))
-        and "\0" not in content["folder"]
+        and all(isinstance(text, str) and text.isprintable() for text in (content.get("name"), *overrides))
+        and isinstance(content.get("folder"), str)
+        and content["folder"].isprintable()
         and (slurm_id is None or isinstance(slurm_id, str))
     )
 
@@ -172,6 +174,17 @@ def _read_progress(job: Job, folder: Path, status: dict[str, Any], slurm: dict[s
     epochs = conf.get("trainer", {}).get("max_epochs")
     epochs = epochs if isinstance(epochs, int) else None  # what Hydra has not resolved yet
     rows = read_metrics(folder / METRICS)
+    if not status and has_begun(folder):
+        raise UserError(
+            f"{folder}: found no status.json beside what was learned there; resume the run, which writes it"
+        )
+    if state == "finished" and not conf:
+        raise UserError(f"{folder}: found no config.yaml, expected {EXPECTED}; {REMEDY}")
+    if state == "finished" and status.get("metrics", digest := digest_of_metrics(folder)) != digest:
+        raise UserError(
+            f"{folder / METRICS}: found other rows than the run left when it finished (status.json has their checksum); "
+            "put back a copy that is whole"
+        )
     done = max((int(row["epoch"]) + 1 for row in rows if row.get("epoch")), default=0)
     return Progress(
         job,
@@ -207,7 +220,7 @@ def _config(run_dir: Path) -> dict[str, Any]:
         return {}
     conf = read_yaml(path, expected=EXPECTED, remedy=REMEDY)
     try:
-        whole = isinstance(conf["model"], dict) and isinstance(conf.get("monitor"), str | None)
+        whole = isinstance(conf["model"], dict) and isinstance(conf["monitor"], str | None)
         whole = whole and isinstance(conf["trainer"]["max_epochs"], int | str | None)
     except (KeyError, TypeError, AttributeError):
         whole = False
