@@ -219,7 +219,10 @@ def _load_network(checkpoint: Path, folder: Path) -> tuple[Any, dict[str, Any]]:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:  # of another version of the network
-        raise UserError(f"{checkpoint}: its weights do not fit the model that it describes ({error})") from error
+        said = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{checkpoint}: its weights do not fit the model that it describes ({said}); {REMEDY}"
+        ) from error
     channels_last(model).eval().requires_grad_(False)
     return model, description
 

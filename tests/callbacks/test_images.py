@@ -3,7 +3,7 @@
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -263,12 +263,12 @@ def test_no_text_of_a_grid_lies_on_another():
 
 
 def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def full(figure: Any, path: Path, **_: Any) -> None:
-        Path(path).write_bytes(b"half")
+    def full(figure: Any, file: BinaryIO, **_: Any) -> None:
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     column = Column("a", np.zeros((1, 8, 8)))
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match=r"a\.png: cannot be written \(No space"):
         draw_grid([column], ["row"], tmp_path / "a.png", title="t", shown=np.ones((1, 8, 8)))
     assert list(tmp_path.iterdir()) == []

@@ -218,7 +218,7 @@ def test_a_missing_damaged_or_strange_atlas_says_so(three, tmp_path):
         with pytest.raises(UserError, match=r"the atlas cannot be read \(atlas\.npz is not what atlas\.json"):
             Atlas.load(damaged("atlas.npz", change))
     for content in ("{", "[]", "{}", '{"version": 1}', "\x00"):
-        with pytest.raises(UserError, match="the atlas cannot be read"):
+        with pytest.raises(UserError, match=r"the atlas cannot be read|expected the atlas of a run"):
             Atlas.load(damaged("atlas.json", lambda path, content=content: path.write_text(content)))
     with pytest.raises(UserError, match="found atlas version 9, expected 1"):
         Atlas.load(damaged("atlas.json", lambda path: path.write_text('{"version": 9}')))
@@ -233,7 +233,7 @@ def test_no_pickle_is_opened(three, tmp_path):
     table = json.loads((tmp_path / "atlas.json").read_text())
     table["sha256"] = hashlib.sha256((tmp_path / "atlas.npz").read_bytes()).hexdigest()
     (tmp_path / "atlas.json").write_text(json.dumps(table))
-    with pytest.raises(UserError, match="allow_pickle=False"):
+    with pytest.raises(UserError, match=r"cannot be read \(object"):
         Atlas.load(tmp_path)
 
 

@@ -297,8 +297,8 @@ def test_the_table_is_read_back_and_a_real_store_has_none(tmp_path, real):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{", "cannot be read as a synthetic cohort's table"),
-        ("[]", "cannot be read as a synthetic cohort's table"),
+        ("{", "expected a synthetic cohort's table"),
+        ("[]", "expected a synthetic cohort's table"),
         (json.dumps({"version": 2, **TABLE}), "found version 2, expected version 1"),
         (json.dumps({"version": 1, "method": "samr"}), "found version 1 without complete, checkpoint"),
     ],
@@ -310,6 +310,7 @@ def test_a_damaged_table_is_refused(tmp_path, content, said):
 
 
 def test_a_folder_that_cannot_be_written_says_so(tmp_path):
+    (tmp_path / "nowhere").write_text("a file")
     with pytest.raises(UserError, match=r"nowhere/generated\.json: cannot be written"):
         write_generated(tmp_path / "nowhere", TABLE)
 

@@ -252,7 +252,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     ("content", "found"),
     [
         (None, "cannot be read"),
-        ("{", "is not JSON"),
+        ("{", "found no JSON"),
         ("[]", "found list"),
         ('{"train": []}', "found train"),
         ('{"train": "a", "val": [], "test": []}', "list of subject ids"),

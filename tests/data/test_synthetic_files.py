@@ -139,7 +139,7 @@ def killed_at(files: SyntheticFiles, step: int) -> bool:
     child = os.fork()
     if child == 0:
         left = step
-        write, replace = synthetic_files.write_synced, os.replace
+        write, replace = synthetic_files._write, os.replace
 
         def dying_write(path: Path, content: bytes) -> None:
             nonlocal left
@@ -156,7 +156,7 @@ def killed_at(files: SyntheticFiles, step: int) -> bool:
                 os._exit(9)
             replace(source, target)
 
-        synthetic_files.write_synced, os.replace = dying_write, dying_replace
+        synthetic_files._write, os.replace = dying_write, dying_replace
         files.save({MEAN: b"new mean", "segmentation": b"new lesions"}, NEW)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mrgen.errors import UserError
+from mrgen.files import read_json, write_json
 
 VERSION = 2  # raise it when the same settings grow other subjects
 SETTINGS = "phantom.json"
@@ -79,7 +80,7 @@ def grow_cohort(
     for left in root.glob(".growing-*"):  # by a run that was killed
         if time.time() - left.stat().st_mtime > 3600:
             shutil.rmtree(left, ignore_errors=True)
-    nursery = root / f".growing-{os.getpid()}"  # on the same disk, so that the rename is atomic
+    nursery = root / f".growing-{secrets.token_hex(6)}"  # on the same disk, so that the rename is atomic
 
     def grow(job: tuple[Case, Path]) -> None:
         case, folder = job
@@ -138,12 +139,11 @@ def _claim(root: Path, settings: dict[str, object], subjects: int) -> None:
     """Makes `root` the home of a phantom with these settings, or says why it cannot be."""
     path = root / SETTINGS
     settings = {"version": VERSION, **settings}
-    if path.exists():
-        try:
-            found = json.loads(path.read_text())
-            count = int(found.pop("subjects"))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{path} cannot be read ({error}); delete {root} and grow it again") from error
+    if os.path.lexists(path):
+        remedy = f"delete {root} and grow it again"
+        found = read_json(path, expected="what the phantom was grown with", remedy=remedy)
+        if not isinstance(found, dict) or type(count := found.pop("subjects", None)) is not int:
+            raise UserError(f"{path} cannot be read (no number of subjects in it); {remedy}")
         if different := [k for k in settings if found.get(k) != settings[k]]:
             each = "; ".join(f"{k} is {found.get(k)}, asked for is {settings[k]}" for k in different)
             raise UserError(
@@ -157,6 +157,4 @@ def _claim(root: Path, settings: dict[str, object], subjects: int) -> None:
     elif root.exists() and any(root.iterdir()):
         raise UserError(f"{root} is not empty and holds no phantom; choose a new folder, so that no scans are mixed up")
     root.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(f".{os.getpid()}.tmp")
-    fresh.write_text(json.dumps({**settings, "subjects": subjects}, indent=2) + "\n")
-    fresh.replace(path)
+    write_json(path, {**settings, "subjects": subjects})

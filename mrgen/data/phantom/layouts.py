@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mrgen.data.phantom.subject import PhantomSubject
+from mrgen.files import write_text
 
 # In the cohorts that have follow-ups, every fifth case is the second visit of the patient before it.
 VISIT_PERIOD = 5
@@ -179,14 +181,15 @@ def write_mapping(layout: Layout, cases: list[Case], root: Path) -> None:
         return
     columns = ["Grade", "BraTS_2018_subject_ID", "BraTS_2019_subject_ID", "BraTS_2020_subject_ID"]
     columns = columns[: columns.index(layout.mapping) + 1]
-    with open(root / "name_mapping.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, columns, restval="NA")
-        table.writeheader()
-        for case in cases:
-            row = {"Grade": str(case.grade), layout.mapping: layout.folder(case).rsplit("/", 1)[-1]}
-            if layout.mapping == "BraTS_2020_subject_ID":  # the site stands in last year's name alone
-                row["BraTS_2019_subject_ID"] = by_grade("BraTS19")(case).rsplit("/", 1)[-1]
-            table.writerow(row)
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, columns, restval="NA")
+    table.writeheader()
+    for case in cases:
+        row = {"Grade": str(case.grade), layout.mapping: layout.folder(case).rsplit("/", 1)[-1]}
+        if layout.mapping == "BraTS_2020_subject_ID":  # the site stands in last year's name alone
+            row["BraTS_2019_subject_ID"] = by_grade("BraTS19")(case).rsplit("/", 1)[-1]
+        table.writerow(row)
+    write_text(root / "name_mapping.csv", text.getvalue())
 
 
 def int16(image: np.ndarray) -> np.ndarray:

@@ -182,7 +182,7 @@ def _read_progress(job: Job, folder: Path, status: dict[str, Any], slurm: dict[s
         raise UserError(f"{folder}: found no config.yaml, expected {EXPECTED}; {REMEDY}")
     if state == "finished" and status.get("metrics", digest := digest_of_metrics(folder)) != digest:
         raise UserError(
-            f"{folder / METRICS}: found other rows than the run left when it finished (status.json has their checksum); "
+            f"{folder / METRICS}: found other rows than the run had when it finished (status.json has their checksum); "
             "put back a copy that is whole"
         )
     done = max((int(row["epoch"]) + 1 for row in rows if row.get("epoch")), default=0)

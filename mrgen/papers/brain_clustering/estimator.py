@@ -18,6 +18,7 @@ __all__ = ["Estimator", "Pair"]
 
 VERSION = 1
 TABLE = "estimator.json"
+NOT_FINITE = "{} has learned values that are not finite; look for values in the training subjects that no scan has"
 
 
 class Pair(NamedTuple):
@@ -104,13 +105,11 @@ class Estimator(ABC):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / TABLE).unlink(missing_ok=True)
         table = {"kind": type(self).__name__, "version": VERSION, "settings": self.settings()}
+        state = self._save_state(folder)
         try:
-            text = json.dumps({**table, "state": self._save_state(folder)}, indent=1, allow_nan=False)
+            text = json.dumps({**table, "state": state}, indent=1, allow_nan=False)
         except ValueError as error:
-            raise UserError(
-                f"{type(self).__name__} has learned values that are not finite; look for values in the training "
-                "subjects that no scan has"
-            ) from error
+            raise UserError(NOT_FINITE.format(type(self).__name__)) from error
         write_text(folder / TABLE, text)
 
     @classmethod

@@ -10,7 +10,7 @@ import numpy as np
 from mrgen.arrays import read_arrays
 from mrgen.errors import UserError
 from mrgen.files import replacing
-from mrgen.papers.brain_clustering.estimator import Estimator, Pair
+from mrgen.papers.brain_clustering.estimator import NOT_FINITE, Estimator, Pair
 from mrgen.papers.brain_clustering.kmeans import kmeans_1d
 from mrgen.papers.brain_clustering.preprocessing import foreground_box, median_per_slice, preprocess, quantile
 from mrgen.papers.brain_clustering.search import Location, SearchScan, finite
@@ -268,7 +268,7 @@ class BrainClustering(Estimator):
         rows = np.array([len(s.entries.key) for s in self.subjects])
         arrays = {name: np.concatenate(several) for name, several in entries.items()}
         if not all(np.isfinite(array).all() for array in arrays.values()):
-            raise ValueError("the tables hold values that are not finite")
+            raise UserError(NOT_FINITE.format("BrainClustering"))
         with replacing(folder / "entries.npz") as file:
             np.savez_compressed(file, **{"rows": rows, **arrays})  # type: ignore[arg-type]
         subjects = []
