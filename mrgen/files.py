@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 from mrgen.errors import UserError
 
 __all__ = [
+    "load_yaml",
     "open_to_read",
     "open_without_links",
     "read_bytes",
@@ -33,6 +34,7 @@ __all__ = [
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, the user's share of it, what the process may write
 # Of a process, or of a split. Nobody else's files are named like that.
 LEFTOVER = re.compile(r"\..+\.(ckpt|csv|html|json|md|npy|npz|png|txt|yaml)\.[0-9a-f]+")
+DEEPEST = 50  # levels of a YAML file
 LARGEST = 2**28  # bytes of a file that is read as a whole: tables and settings, which are small
 
 
@@ -179,18 +181,39 @@ def read_json(path: Path, *, expected: str, remedy: str) -> Any:
         raise UserError(f"{path}: found {found}; expected {expected}; {remedy}") from None
 
 
-def read_yaml(path: Path, *, expected: str, remedy: str) -> Any:
-    """The content of a YAML file of ours. Arguments and errors as of ``read_bytes``; also where it holds no YAML.
+def load_yaml(text: str, *, aliases: bool = False) -> Any:
+    """The content of YAML, in a time that its length bounds: nested without an end, it would be read for hours.
 
-    Aliases are refused: a few lines of them are a content without an end, and ours have none.
+    Args:
+        text: of the file.
+        aliases: whether it may have some; a few lines of them can be a content without an end.
+
+    Raises:
+        ValueError: aliases, or too many levels.
+        yaml.YAMLError: it is no YAML.
+    """
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent) and not aliases:
+            raise ValueError("an alias")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ValueError(f"more than {DEEPEST} levels")
+    return yaml.safe_load(text)
+
+
+def read_yaml(path: Path, *, expected: str, remedy: str) -> Any:
+    """The content of a YAML file of ours, without aliases.
+
+    Arguments and errors as of ``read_bytes``; also where it holds no YAML.
     """
     import yaml
 
     text = read_text(path, expected=expected, remedy=remedy)
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("an alias")
-        return yaml.safe_load(text)
+        return load_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError) as error:
         found = "nested without an end" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise UserError(f"{path}: found no YAML of ours ({found}); expected {expected}; {remedy}") from None

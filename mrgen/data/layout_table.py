@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mrgen.errors import UserError
-from mrgen.files import open_to_read
+from mrgen.files import load_yaml, open_to_read
 
 __all__ = ["mapping", "names", "number", "numbers", "plain_table", "read_table", "text", "truth", "word"]
 
@@ -20,8 +20,6 @@ def read_table(path: Path) -> Any:
     Raises:
         UserError: no file, or no YAML.
     """
-    import yaml
-
     try:
         with open_to_read(path) as file:
             content = file.read(LARGEST + 1)
@@ -30,7 +28,7 @@ def read_table(path: Path) -> Any:
     if len(content) > LARGEST:
         raise UserError(f"{path}: found more than {LARGEST:,} bytes, expected a layout as YAML")
     try:
-        return yaml.safe_load(content.decode("utf-8"))
+        return load_yaml(content.decode("utf-8"), aliases=True)
     except Exception as error:  # beside YAMLError whatever dates, numbers and depths of a damaged file lead to
         first = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path}: is no YAML ({first}), expected a layout; quote patterns that start with *") from error

@@ -169,7 +169,7 @@ def _class(target: Any, where: str | Path) -> Any:
     raise UserError(
         f"{where}: asks for {target!r:.100}, which is none of the classes that a file may name (methods, networks, "
         "normalisations, crops, callbacks and transforms of mrgen, transforms of TorchIO). If it is your own, or "
-        f"somebody's whose code you would run, add trust=[{(module or target):.100}]: it is imported and called then"
+        f"somebody's whose code you would run, add trust=[{module or target!s:.100}]: it is imported and called then"
     )
 
 

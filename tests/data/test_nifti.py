@@ -247,7 +247,7 @@ def test_scaled_intensities_are_read_as_nibabel_does(tmp_path):
 @pytest.mark.parametrize(
     ("data", "fault"),
     [
-        (content() + bytes(100_000_000), "found more bytes of image than the 11,872"),
+        (content() + bytes(100_000_000), "image than the 11,872"),
         (content(dim=(3, 32767, 32767, 32767, 1, 1, 1, 1)), "claims 32767×32767×32767 voxels, expected 536,870,912"),
     ],
     ids=["hidden", "claimed"],

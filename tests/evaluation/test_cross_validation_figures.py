@@ -1,3 +1,4 @@
+import io
 import warnings
 
 import matplotlib.figure
@@ -27,10 +28,11 @@ def figures(monkeypatch):
     """The figures that were saved, still open; small on disk, which is quicker."""
     saved, save = [], matplotlib.figure.Figure.savefig
 
-    def keep(self, path, **settings):
+    def keep(self, file, **settings):
         saved.append(self)
-        save(self, path, **settings | {"dpi": 40})
-        assert matplotlib.image.imread(path)[..., :3].std() > 0.02  # something is drawn
+        save(self, file, **settings | {"dpi": 40})
+        file.seek(0)
+        assert matplotlib.image.imread(io.BytesIO(file.read()))[..., :3].std() > 0.02  # something is drawn
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
     return saved

@@ -157,7 +157,7 @@ def test_a_status_that_cannot_be_written_does_not_hide_what_a_run_failed_for(
 
 def test_what_killed_processes_were_writing_is_removed_and_nothing_else(tmp_path: Path):
     left = [".status.json.123", ".metrics.csv.7", ".last.ckpt.99", ".config.yaml.4", ".split.json.0af3"]
-    others = [".hydra", ".gitignore", "status.json", "status.json.123", ".submitit", ".notes.json", ".x.txt.12"]
+    others = [".hydra", ".gitignore", "status.json", "status.json.123", ".submitit", ".notes.json", ".x.doc.12"]
     for name in (*left, *others):
         (tmp_path / name).touch()
     remove_leftovers(tmp_path, tmp_path / "not there")

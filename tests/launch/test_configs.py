@@ -57,7 +57,7 @@ def test_references_are_data_in_hydras_alone(tmp_path: Path):
         (PLAIN + b"a: ${oc.env:HOME}", "expected values"),
         (PLAIN + b"callbacks: {x: {_target_: os.system}}", "asks for 'os.system'"),
         (PLAIN.replace(b"model:", b"modell:"), "found no model"),
-        (b"[" * 100_000, "found no YAML of ours|nested without an end"),
+        (b"[" * 100_000, "more than 50 levels"),
     ],
 )
 def test_a_saved_config_that_is_more_or_less_than_data_is_a_sentence(tmp_path: Path, content: bytes, said: str):

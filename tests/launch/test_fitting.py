@@ -154,7 +154,7 @@ def test_an_artefact_that_asks_for_another_class_is_refused(tmp_path: Path, phan
     path = run_dir / "description.json"
     described = json.loads(path.read_text())
     for target, message in (
-        ("os.system", "only mrgen's own classes"),
+        ("os.system", "which is none of the classes that a file may name"),
         ("mrgen.papers.brain_clustering.Nothing", "found Constant 1, expected Nothing 1"),
     ):
         path.write_text(json.dumps({**described, "model": {**described["model"], "_target_": target}}))

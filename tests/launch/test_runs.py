@@ -1,5 +1,6 @@
 """Finished runs, read back; and every way in which a folder or a file is none."""
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -52,6 +53,13 @@ def test_a_checkpoint_says_alone_what_its_numbers_mean(run_dir: Path):
 
 def test_without_validation_the_last_checkpoint_is_taken(run_dir: Path):
     (run_dir / "checkpoints" / "best.ckpt").unlink()
+    with pytest.raises(
+        UserError, match=r"no checkpoints/best\.ckpt, which the run's validation chose; put back a copy"
+    ):
+        load_run(run_dir)
+    assert load_run(run_dir / "checkpoints" / "last.ckpt").checkpoint.name == "last.ckpt"
+    split = json.loads((run_dir / "split.json").read_text())
+    write_json(run_dir / "split.json", {**split, "train": split["train"] + split["val"], "val": []})
     assert load_run(run_dir).checkpoint.name == "last.ckpt"
 
 

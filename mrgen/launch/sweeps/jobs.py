@@ -178,8 +178,6 @@ def _read_progress(job: Job, folder: Path, status: dict[str, Any], slurm: dict[s
         raise UserError(
             f"{folder}: found no status.json beside what was learned there; resume the run, which writes it"
         )
-    if state == "finished" and not conf:
-        raise UserError(f"{folder}: found no config.yaml, expected {EXPECTED}; {REMEDY}")
     if state == "finished" and status.get("metrics", digest := digest_of_metrics(folder)) != digest:
         raise UserError(
             f"{folder / METRICS}: found other rows than the run had when it finished (status.json has their checksum); "

@@ -22,6 +22,7 @@ from mrgen.launch.paths import CONF_DIR
 __all__ = ["MULTIRUN", "as_written", "is_free", "quoted", "refuse_links", "resumed", "saved_config", "settled"]
 
 MULTIRUN = "multirun.yaml"
+SUBMITIT = ".submitit"
 # What may be another when a run goes on, because it changes nothing of what the weights will be, or only how long they
 # are trained. All below a key is meant as well.
 FREE = (
@@ -154,11 +155,12 @@ def _trusted(arguments: Sequence[str]) -> Any:
 def refuse_links(folder: Path) -> None:
     """Raises UserError where a link lies in a folder that is to be written to: what it points to is somebody else's.
 
-    Those that W&B puts into its own folder are left alone; it replaces them.
+    Those that W&B puts into its own folder are left alone, as it replaces them, and submitit's to files beside them.
     """
     for parent, folders, files in os.walk(folder):
         for name in (".", *folders, *files):
-            if (path := Path(parent, name)).is_symlink():
+            path = Path(parent, name)
+            if path.is_symlink() and not (path.parent.name == SUBMITIT and path.resolve().parent == path.parent):
                 raise UserError(
                     f"{path}: found a link to {os.readlink(path)}, expected what mrgen-train wrote; put back what it "
                     "stands for, or remove it"

@@ -427,7 +427,8 @@ def test_a_finished_run_that_was_to_go_on_and_was_cancelled_fails_the_sweep(
     arguments = ("-m", "hydra/launcher=slurm", *SMALL, "launch.detach=true", f"hydra.sweep.dir={sweep}")
     assert mrgen("train", *arguments).code == 0
     write_json(run / "status.json", {"state": "finished"})
-    (run / "config.yaml").write_text("trainer: {max_epochs: 2}\n")
+    conf = "name: x\nmonitor: null\nmodel: {}\ntrainer: {max_epochs: 2}\n"
+    (run / "config.yaml").write_text(conf + "data: {sampling: {_target_: mrgen.data.crops.BrainBox}}\n")
     cluster.answer("squeue", "12 COMPLETED\n13 CANCELLED")
     done = mrgen("train", f"resume={sweep}", "trainer.max_epochs=3", "launch.detach=false")
     assert done.code == 1

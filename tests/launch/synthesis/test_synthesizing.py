@@ -323,7 +323,7 @@ def test_a_full_disk_ends_it_and_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("mrgen.data.synthetic_files.write_synced", full)
+        patch.setattr("mrgen.data.synthetic_files._write", full)
         called = mrgen("synthesize", f"checkpoint={rsnet_run}", f"input={scans_of_a}", "output=out", *ONE_PASS)
     assert called.code == 1
     assert "cannot be written (No space left on device)" in called.message
