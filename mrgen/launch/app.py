@@ -38,6 +38,7 @@ PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.
 # What lies in a folder of which nothing came.
 NOTHING = {".hydra", "config.yaml", "environment.json", "split.json", "status.json"}
 
+LONGEST = 2000  # characters of a message that somebody reads
 # One token a process: two runs or sweeps that start in the same second must not share a folder.
 TOKEN = secrets.token_hex(2)
 
@@ -182,7 +183,9 @@ def sentence(error: BaseException) -> str | None:
 
 
 def fail(message: str) -> NoReturn:
-    """One line on stderr, and exit code 1."""
+    """One line on stderr, and exit code 1. Of a value without an end, which a damaged file may hold, only the start."""
+    if len(message) > LONGEST:
+        message = f"{message[:LONGEST]}… ({len(message) - LONGEST:,} more characters)"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(1)
 

@@ -45,6 +45,12 @@ class WholeCheckpoints(TorchCheckpointIO):
         with replacing(Path(path)) as file:
             torch.save(checkpoint, file)
 
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Removes a file. Lightning's would remove a folder with all that is in it, and a checkpoint can name one."""
+        path = Path(path)
+        if path.is_file() or path.is_symlink():
+            path.unlink()
+
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Plain containers whose sums are right, whatever Lightning asks for; errors as of ``read_checkpoint``."""
         return _read(Path(path), "put back a copy that is whole")

@@ -314,6 +314,12 @@ def test_without_a_folder_nothing_is_resumed(nothing: list[str]):
     assert resumed(nothing) == nothing
 
 
+def test_a_message_ends_where_nobody_reads_on(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        app.fail("a" * 2000 + "b" * 30)
+    assert capsys.readouterr().err == "error: " + "a" * 2000 + "… (30 more characters)\n"
+
+
 def test_resuming_what_is_no_run_is_refused(mrgen: Script, tmp_path: Path):
     for folder in (tmp_path, tmp_path / "not there"):
         called = mrgen("train", f"resume={folder}")

@@ -103,6 +103,14 @@ def test_what_is_saved_is_what_lightning_loads(tmp_path: Path):
     assert not path.exists()
 
 
+def test_no_folder_is_removed_as_a_checkpoint(tmp_path: Path):
+    """Whatever a checkpoint says of the one before it: Lightning's own would remove all that is in there."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "precious").write_text("here")
+    WholeCheckpoints().remove_checkpoint(tmp_path / "run" / "checkpoints" / "..")
+    assert (tmp_path / "run" / "precious").read_text() == "here"
+
+
 def test_a_checkpoint_is_written_where_it_will_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Not in the system's folder of temporary files, from where it would be copied, bit by bit, to another disk."""
     elsewhere = tmp_path / "tmp"
