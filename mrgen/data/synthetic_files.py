@@ -133,6 +133,8 @@ class SyntheticFiles:
         """While it lasts no other process writes here, so that what is hidden is a dead one's."""
         import fcntl
 
+        if self.folder.is_symlink():
+            raise UserError(f"output: {self.folder} is a link; remove it, or choose another output")
         handle = os.open(self.folder, os.O_RDONLY)
         try:
             with suppress(OSError):  # some network file systems have no locks

@@ -1,7 +1,7 @@
 """How checkpoints are written, and how they are read: whoever opens one does it here."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
@@ -144,10 +144,20 @@ def check_description(description: Any, path: Path, *, remedy: str) -> None:
         wrong = f"data has no {', '.join(lacking)}"
     elif others := [key for key, kind in KINDS.items() if key in data and not isinstance(data[key], kind)]:
         wrong = f"data.{others[0]} is {data[others[0]]!r:.60}"
-    elif not all(isinstance(name, str) for name in data["modalities"]):
-        wrong = f"data.modalities is {data['modalities']!r:.60}"
+    elif other := next((key for key in ("modalities", "classes") if not _are(str, data.get(key, []))), None):
+        wrong = f"data.{other} is {data[other]!r:.60}"
+    elif not _are(int, data.get("box", [])):
+        wrong = f"data.box is {data['box']!r:.60}"
+    elif not all(
+        isinstance(pair, list) and _are(int | float, pair) for pair in data.get("intensity_scale", {}).values()
+    ):
+        wrong = f"data.intensity_scale is {data['intensity_scale']!r:.60}"
     if wrong:
         raise UserError(f"{path}: found a description in which {wrong}, expected what mrgen-train wrote; {remedy}")
+
+
+def _are(kind: Any, values: Sequence[Any]) -> bool:
+    return all(isinstance(value, kind) for value in values)
 
 
 def _check_weights(weights: Any, path: Path, name: str, remedy: str) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from mrgen.errors import UserError
-from mrgen.files import read_yaml
+from mrgen.files import read_yaml, write_text
 from mrgen.launch.build import check_data
+from mrgen.launch.instantiate import plain
 
-__all__ = ["find_config", "read_config"]
+__all__ = ["find_config", "read_config", "write_config"]
 
 EXPECTED = "the config that mrgen-train wrote"
 REMEDY = "put back a copy that is whole"
@@ -23,6 +24,11 @@ KINDS: dict[str, type] = {"name": str, "model": Mapping, "data": Mapping, "train
 def find_config(run_dir: Path) -> Path | None:
     """The run's own, or Hydra's copy from before its data were found; None where it has not begun."""
     return next((path for path in (run_dir / "config.yaml", run_dir / HIDDEN / "config.yaml") if path.is_file()), None)
+
+
+def write_config(conf: DictConfig, path: Path) -> None:
+    """Writes a config, resolved, as a whole and through no link."""
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(plain(conf))))
 
 
 def read_config(path: Path, *, remedy: str = REMEDY) -> DictConfig:

@@ -17,7 +17,7 @@ from mrgen.launch.memory import out_of_memory
 
 __all__ = [
     "Outcome",
-    "digest_of_metrics",
+    "check_metrics",
     "has_begun",
     "is_alive",
     "read_status",
@@ -160,6 +160,15 @@ def digest_of_metrics(run_dir: Path) -> str:
     """SHA-256 of ``metrics.csv``, which a finished run keeps in its status; of nothing where there is none."""
     path = run_dir / METRICS
     return hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
+
+
+def check_metrics(run_dir: Path, status: Mapping[str, Any]) -> None:
+    """Raises UserError where the ``metrics.csv`` of a run that has finished is not as the run left it."""
+    if status.get("state") == "finished" and status.get("metrics", digest := digest_of_metrics(run_dir)) != digest:
+        raise UserError(
+            f"{run_dir / METRICS}: found other rows than when the run finished (status.json has their checksum); put "
+            "back a copy that is whole, or remove status.json: then the rows that are there count"
+        )
 
 
 def _ending(error: BaseException) -> dict[str, str]:

@@ -20,14 +20,15 @@ from mrgen.data.guides import load_guides, save_guides
 from mrgen.data.slices import SiteSlices
 from mrgen.data.store import Store, read_cohort
 from mrgen.errors import UserError
-from mrgen.files import replacing, write_json
+from mrgen.files import write_json
 from mrgen.launch.build import check_data
 from mrgen.launch.cluster.slurm import requeue
+from mrgen.launch.configs import write_config
 from mrgen.launch.csv_logger import CsvLogger
 from mrgen.launch.fitting import ESTIMATOR, check, fit
 from mrgen.launch.going_on import SameStart, check_config, is_finished, newest, only_here
 from mrgen.launch.instantiate import instantiate, plain
-from mrgen.launch.status import Outcome, has_begun, recorded
+from mrgen.launch.status import Outcome, check_metrics, has_begun, read_status, recorded
 from mrgen.launch.tracking import loggers, source_commit
 from mrgen.launch.trainer import Checkpoint, build_trainer, channels_last, check_epochs, why_stopped
 from mrgen.papers.brain_clustering.estimator import Estimator
@@ -116,6 +117,7 @@ def train(conf: DictConfig, run_dir: Path) -> Path:
                 )
             fill_from_store(conf)
             check_config(conf, run_dir)
+            check_metrics(run_dir, read_status(run_dir))
             if is_finished(conf, run_dir):
                 if first:
                     print(f"{run_dir} has finished; a higher trainer.max_epochs would go on with it")
@@ -274,8 +276,7 @@ def _with_stages(conf: DictConfig, stages: int) -> DictConfig:
 
 
 def _keep_settings(conf: DictConfig, datamodule: CohortDataModule, run_dir: Path) -> None:
-    with replacing(run_dir / "config.yaml") as file:
-        file.write(OmegaConf.to_yaml(OmegaConf.create(plain(conf))).encode())
+    write_config(conf, run_dir / "config.yaml")
     datamodule.split.save(run_dir / "split.json")
     write_json(run_dir / "environment.json", _environment())
 

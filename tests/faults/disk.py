@@ -13,7 +13,7 @@ from tests.faults.process import Ended, run
 
 __all__ = ["attempts"]
 
-FILES = (0, 3_000, 40_000, 250_000)  # bytes that one file may have
+FILES = (2_000, 6_000, 40_000, 250_000)  # bytes that one file may have, that of the messages too
 DISKS = ("40k", "200k", "700k")  # that a whole disk has
 LEFT_OUT = ("prepare, two workers",)
 

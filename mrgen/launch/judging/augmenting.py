@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from mrgen.data.datamodule import CohortDataModule
 from mrgen.errors import UserError
@@ -20,6 +20,7 @@ from mrgen.evaluation.cross_validation import Method
 from mrgen.evaluation.figures import SEQUENCES
 from mrgen.evaluation.table import write_rows
 from mrgen.files import write_text
+from mrgen.launch.configs import write_config
 from mrgen.launch.instantiate import plain
 from mrgen.launch.judging.evaluating import by_name, by_subjects, check_leaks, finished_runs, whole_volumes
 from mrgen.launch.runs import Run, load_run
@@ -150,7 +151,7 @@ def _report(
     notes: Sequence[str],
 ) -> None:
     out_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(plain(conf)), out_dir / "config.yaml")
+    write_config(conf, out_dir / "config.yaml")
     evaluation = plain(conf.evaluation)
     title = "SMOKE RUN, not a result: augmentation" if conf.smoke else "Augmentation"
     labels, paper = _labels(evaluation, module.classes)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from mrgen.data.batch import IGNORED
 from mrgen.data.crops import Box
@@ -26,6 +26,7 @@ from mrgen.evaluation.figures import SEQUENCES
 from mrgen.evaluation.lesion_vaegan_figures import RegisteredSlice, registered_figure, structure_figure
 from mrgen.evaluation.table import write_rows
 from mrgen.files import write_text
+from mrgen.launch.configs import write_config
 from mrgen.launch.instantiate import plain
 from mrgen.launch.judging.augmenting import held_out, judged_runs, segmenters, trained_on
 from mrgen.launch.runs import Run
@@ -84,7 +85,7 @@ def _report(
     notes: Sequence[str],
 ) -> None:
     out_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(plain(conf)), out_dir / "config.yaml")
+    write_config(conf, out_dir / "config.yaml")
     study = plain(conf.evaluation)
     title = "SMOKE RUN, not a result: availability" if conf.smoke else "Availability"
     reference, regions = str(study["reference"]), list(module.regions)

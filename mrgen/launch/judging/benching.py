@@ -23,7 +23,7 @@ from mrgen.evaluation.bench_tables import (
 from mrgen.evaluation.figures import SEQUENCES
 from mrgen.evaluation.table import Table, write_rows
 from mrgen.files import write_text
-from mrgen.launch.instantiate import plain
+from mrgen.launch.configs import write_config
 from mrgen.launch.judging.augmenting import augmented
 from mrgen.launch.judging.evaluating import by_name, by_subjects, finished_runs, judged_by, load_segmenter
 from mrgen.launch.judging.reporting import report
@@ -73,7 +73,7 @@ def judge_bench(conf: DictConfig, out_dir: Path) -> Path:
     if bench.segmenters:
         tables += _augmentation(bench.segmenters, conf, out_dir)
     if tables:  # and not in a process that is not to write
-        OmegaConf.save(OmegaConf.create(plain(conf)), out_dir / "config.yaml")
+        write_config(conf, out_dir / "config.yaml")
         write_text(out_dir / "table.md", "\n".join(table.markdown() for table in tables))
         for table in tables:
             table.show()

@@ -18,7 +18,7 @@ from mrgen.evaluation.cross_validation_tables import cross_validation_tables
 from mrgen.evaluation.figures import SEQUENCES
 from mrgen.evaluation.table import write_rows
 from mrgen.files import write_text
-from mrgen.launch.configs import find_config, read_config
+from mrgen.launch.configs import find_config, read_config, write_config
 from mrgen.launch.instantiate import plain
 from mrgen.launch.judging.evaluating import by_name, by_subjects, check_leaks, finished_runs, whole_volumes
 from mrgen.launch.runs import Run, load_run
@@ -121,7 +121,7 @@ def _report(
     """Writes all files; ``sequences`` are source and target."""
     source, target = (SEQUENCES.get(name, name) for name in sequences)
     out_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(plain(conf)), out_dir / "config.yaml")
+    write_config(conf, out_dir / "config.yaml")
     title = "SMOKE RUN, not a result: cross-validation" if conf.smoke else "Cross-validation"
     paper = plain(conf.evaluation.get("paper"))
     write_rows(out_dir / "subjects.csv", rows)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from mrgen.errors import UserError
 from mrgen.evaluation.figures import calibration_figure, swap_figure, synthesis_figure
@@ -16,6 +16,7 @@ from mrgen.evaluation.table import Table, write_rows
 from mrgen.evaluation.translation_figures import box_figure, overlay_figure
 from mrgen.evaluation.translation_tables import region_means, translation_summary, translation_tables
 from mrgen.files import write_text
+from mrgen.launch.configs import write_config
 from mrgen.launch.instantiate import plain
 from mrgen.launch.runs import Run
 
@@ -95,7 +96,7 @@ def report(judged: Judged, conf: DictConfig, out_dir: Path) -> None:
             line a subject and input set), and the kind's pictures and further files.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(plain(conf)), out_dir / "config.yaml")
+    write_config(conf, out_dir / "config.yaml")
     write_rows(out_dir / "subjects.csv", judged.rows)
     tables = KINDS[conf.evaluation.kind](judged, conf, out_dir)
     write_text(out_dir / "table.md", "\n".join(table.markdown() for table in tables))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from mrgen.data.batch import IGNORED
@@ -38,6 +38,7 @@ from mrgen.evaluation.samples_figures import SheetRow, sample_sheet
 from mrgen.evaluation.swap import REAL
 from mrgen.evaluation.table import Table, write_rows
 from mrgen.files import write_text
+from mrgen.launch.configs import write_config
 from mrgen.launch.instantiate import plain
 from mrgen.launch.judging.evaluating import by_name, by_subjects, check_leaks, finished_runs
 from mrgen.launch.runs import Run, load_run
@@ -86,7 +87,7 @@ def draw_samples(conf: DictConfig, out_dir: Path) -> Path:
         else:
             tables = sheets.samples(out_dir, notes)
     out_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(plain(conf)), out_dir / "config.yaml")
+    write_config(conf, out_dir / "config.yaml")
     if tables:
         write_text(out_dir / "table.md", "\n".join(table.markdown() for table in tables))
     for table in tables:

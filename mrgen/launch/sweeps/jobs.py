@@ -12,7 +12,7 @@ from mrgen.files import read_json, read_metrics, read_yaml, write_json
 from mrgen.launch.cluster.slurm import OVER, job_states
 from mrgen.launch.configs import EXPECTED, REMEDY, find_config
 from mrgen.launch.ranks import is_estimator
-from mrgen.launch.status import METRICS, UNREADABLE, digest_of_metrics, has_begun, is_alive, seen_status
+from mrgen.launch.status import METRICS, UNREADABLE, check_metrics, has_begun, is_alive, seen_status
 from mrgen.launch.sweeps.resuming import MULTIRUN
 
 __all__ = [
@@ -178,11 +178,7 @@ def _read_progress(job: Job, folder: Path, status: dict[str, Any], slurm: dict[s
         raise UserError(
             f"{folder}: found no status.json beside what was learned there; resume the run, which writes it"
         )
-    if state == "finished" and status.get("metrics", digest := digest_of_metrics(folder)) != digest:
-        raise UserError(
-            f"{folder / METRICS}: found other rows than the run had when it finished (status.json has their checksum); "
-            "put back a copy that is whole"
-        )
+    check_metrics(folder, status)
     done = max((int(row["epoch"]) + 1 for row in rows if row.get("epoch")), default=0)
     return Progress(
         job,

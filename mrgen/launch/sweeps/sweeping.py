@@ -58,7 +58,8 @@ class JobList(Callback):
                     f"{folder} holds a finished or interrupted run; give another folder, or go on with resume={folder}"
                 )
             folder.mkdir(parents=True, exist_ok=True)
-            refuse_links(folder / ".hydra")
+            for name in (".hydra", "checkpoints", "estimator", "images"):
+                refuse_links(folder / name)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Composes every job, so that one with a wrong name is refused before the first trains."""
