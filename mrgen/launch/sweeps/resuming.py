@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +158,8 @@ def refuse_links(folder: Path) -> None:
 
     Those that W&B puts into its own folder are left alone, as it replaces them, and submitit's to files beside them.
     """
-    for parent, folders, files in os.walk(folder):
-        for name in (".", *folders, *files):
+    for parent, folders, files in chain([(folder.parent, [folder.name], [])], os.walk(folder)):
+        for name in (*folders, *files):
             path = Path(parent, name)
             if path.is_symlink() and not (path.parent.name == SUBMITIT and path.resolve().parent == path.parent):
                 raise UserError(

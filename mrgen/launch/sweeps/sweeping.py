@@ -71,7 +71,7 @@ class JobList(Callback):
             folder = Path(config.hydra.sweep.dir).absolute()
             _check_folder(config, folder)
             folder.mkdir(parents=True, exist_ok=True)
-            refuse_links(folder)
+            refuse_links(folder.resolve())
             OmegaConf.save(config, folder / MULTIRUN)  # only the basic sweeper does
             _add(folder, jobs)
         _sweep.folder = folder
