@@ -10,7 +10,6 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -158,15 +157,21 @@ def refuse_links(folder: Path) -> None:
 
     Those that W&B puts into its own folder are left alone, as it replaces them, and submitit's to files beside them.
     """
-    for parent, folders, files in chain([(folder.parent, [folder.name], [])], os.walk(folder)):
+    if folder.is_symlink():
+        raise _linked(folder)
+    for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = Path(parent, name)
             if path.is_symlink() and not (path.parent.name == SUBMITIT and path.resolve().parent == path.parent):
-                raise UserError(
-                    f"{path}: found a link to {os.readlink(path)}, expected what mrgen-train wrote; put back what it "
-                    "stands for, or remove it"
-                )
+                raise _linked(path)
         folders[:] = [name for name in folders if name != "wandb"]
+
+
+def _linked(path: Path) -> UserError:
+    return UserError(
+        f"{path}: found a link to {os.readlink(path)}, expected what mrgen-train wrote; put back what it stands for, or "
+        "remove it"
+    )
 
 
 def _resumed_sweep(folder: Path, others: Sequence[str]) -> list[str]:
