@@ -18,8 +18,10 @@ def task(conf: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     from mrgen.launch import ranks
+    from mrgen.launch.build import trust
     from mrgen.launch.sweeps.jobs import objective
 
+    trust(conf.trust)
     if "evaluation" in conf:
         raise UserError(f"{conf.name} is a preset of mrgen-evaluate: there is nothing in it to train")
     run_dir = Path(HydraConfig.get().runtime.output_dir)

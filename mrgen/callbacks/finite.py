@@ -89,7 +89,7 @@ def _diverged(trainer: Trainer, pl_module: LightningModule, what: str) -> str:
     saved = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint of before"
     tries = ["a lower model.lr"]
     if pl_module.automatic_optimization:
-        tries.append("trainer.gradient_clip_val=1")
+        tries.append("+trainer.gradient_clip_val=1")
     if str(trainer.precision) != "32-true":
         tries.append("trainer.precision=32-true")
     return (

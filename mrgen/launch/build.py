@@ -49,7 +49,10 @@ TORCHIO = frozenset(
     }
 )
 # Resolvers that compute from the config alone, or name one of mrgen's own folders.
-RESOLVER = re.compile(r"\$\{((float|hydra|now|row|synthetic_store|token):|oc\.env:MRGEN_(RUNS|STORES|COHORTS)\b)")
+RESOLVER = re.compile(
+    r"\$\{((float|now|row|synthetic_store|token):|hydra:(job\.\w+|runtime\.output_dir)\}"
+    r"|oc\.env:MRGEN_(RUNS|STORES|COHORTS)\b)"
+)
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 _trusted: list[str] = []
@@ -88,6 +91,8 @@ def build(conf: Mapping[str, Any], places: Sequence[str], *, where: str | Path, 
     if not isinstance(conf, Mapping) or not _below(str(conf.get("_target_")).rpartition(".")[0], (*places, *_trusted)):
         found = conf.get("_target_") if isinstance(conf, Mapping) else type(conf).__name__
         raise UserError(f"{where}: found {found}, expected a class of {' or '.join(places)}; restore the file")
+    if conf.get("_partial_"):
+        raise UserError(f"{where}: found _partial_ beside {conf['_target_']}, which builds nothing; restore the file")
     return _built({**conf, **extra}, where)
 
 
@@ -191,4 +196,4 @@ def _is_listed(found: type) -> bool:
 
     if _below(found.__module__, MODELS):
         return issubclass(found, nn.Module | Estimator)
-    return _below(found.__module__, LISTED)
+    return _below(found.__module__, [place for place in LISTED if place != "torchio"])

@@ -144,6 +144,8 @@ def check_description(description: Any, path: Path, *, remedy: str) -> None:
         wrong = f"data has no {', '.join(lacking)}"
     elif others := [key for key, kind in KINDS.items() if key in data and not isinstance(data[key], kind)]:
         wrong = f"data.{others[0]} is {data[others[0]]!r:.60}"
+    elif any("/" in str(name) for name in data["modalities"]):  # files are called after them
+        wrong = f"data.modalities is {data['modalities']!r:.60}"
     elif other := next((key for key in ("modalities", "classes") if not _are(str, data.get(key, []))), None):
         wrong = f"data.{other} is {data[other]!r:.60}"
     elif not _are(int, data.get("box", [])):

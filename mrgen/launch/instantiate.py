@@ -19,8 +19,25 @@ __all__ = ["check_arguments", "instantiate", "plain"]
 
 
 def plain(conf: Any) -> Any:
-    """Resolved plain containers, which a checkpoint can hold."""
-    return OmegaConf.to_container(conf, resolve=True) if OmegaConf.is_config(conf) else conf
+    """Resolved plain containers, which a checkpoint can hold.
+
+    Raises:
+        UserError: a text that would be resolved once more, wherever it is made a config again.
+    """
+    content = OmegaConf.to_container(conf, resolve=True) if OmegaConf.is_config(conf) else conf
+    _refuse_interpolations(content)
+    return content
+
+
+def _refuse_interpolations(node: Any) -> None:
+    if isinstance(node, Mapping):
+        for pair in node.items():
+            _refuse_interpolations(pair)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            _refuse_interpolations(value)
+    elif isinstance(node, str) and "${" in node:
+        raise UserError(f"found {node[:80]!r}, which is left of an interpolation; write the value itself")
 
 
 def instantiate(conf: DictConfig | Mapping[str, Any], **extra: Any) -> Any:
@@ -34,6 +51,8 @@ def instantiate(conf: DictConfig | Mapping[str, Any], **extra: Any) -> Any:
         UserError: an unknown target or key, a missing key, or a value that the constructor refuses.
     """
     conf = plain(conf)
+    if conf.get("_partial_"):
+        raise UserError(f"{conf.get('_target_')}: _partial_ builds nothing here; leave it out")
     _check(conf)
     try:
         return hydra.utils.instantiate(conf, **extra, _convert_="all")

@@ -1,6 +1,7 @@
 """Finished runs, read back: the model as it was trained, its data config and its split."""
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from pytorch_lightning import LightningModule
 from torch import nn
 
 from mrgen.callbacks.provenance import KEY
@@ -18,14 +20,15 @@ from mrgen.data.slices import SiteSlices
 from mrgen.data.splits import Split
 from mrgen.errors import UserError
 from mrgen.evaluation.inference import WholeSynthesizer
-from mrgen.files import read_json
+from mrgen.files import read_json, read_metrics
 from mrgen.launch.build import MODELS, NORMALISATIONS, SAMPLINGS, build
 from mrgen.launch.checkpoints import check_description, read_checkpoint
 from mrgen.launch.configs import read_config
 from mrgen.launch.fitting import DESCRIPTION, ESTIMATOR
 from mrgen.launch.instantiate import plain
-from mrgen.launch.status import read_status, seen_status
+from mrgen.launch.status import METRICS, read_status, seen_status
 from mrgen.launch.trainer import channels_last
+from mrgen.papers.brain_clustering.estimator import Estimator
 from mrgen.protocols import Synthesizer
 
 __all__ = ["Run", "load_run"]
@@ -197,7 +200,7 @@ def load_run(path: str | Path) -> Run:
                 f"{folder}: no {needed}; expected the folder that mrgen-train wrote around {checkpoint.name}"
             )
     conf, split = read_config(folder / "config.yaml"), Split.load(folder / "split.json")
-    if path == folder and checkpoint.name == "last.ckpt" and _chose_best(conf, split, folder):
+    if path == folder and checkpoint.name == "last.ckpt" and _chose_best(conf, folder):
         raise UserError(
             f"{folder}: no checkpoints/best.ckpt, which the run's validation chose; put back a copy, or name the last "
             f"one: {checkpoint}"
@@ -206,16 +209,21 @@ def load_run(path: str | Path) -> Run:
     return Run(folder, checkpoint, model, description, conf, split)
 
 
-def _chose_best(conf: DictConfig, split: Split, folder: Path) -> bool:
-    """Whether a run has finished in which a validation chose a checkpoint."""
-    validated = bool(split.val) and conf.get("monitor") and conf.trainer.get("limit_val_batches") != 0
-    return bool(validated) and seen_status(folder).get("state") == "finished"
+def _chose_best(conf: DictConfig, folder: Path) -> bool:
+    """Whether a run has finished in which a validation chose a checkpoint: its monitor had a value."""
+    monitor = conf.get("monitor")
+    if not monitor or seen_status(folder).get("state") != "finished":
+        return False
+    cells = [row.get(monitor) for row in read_metrics(folder / METRICS)]
+    return any(cell and math.isfinite(float(cell)) for cell in cells)
 
 
 def _load_network(checkpoint: Path, folder: Path) -> tuple[Any, dict[str, Any]]:
     content = read_checkpoint(checkpoint, remedy=REMEDY)
     description, weights = content[KEY], content["state_dict"]
     model = build(description["model"], MODELS, where=checkpoint)
+    if not isinstance(model, LightningModule):
+        raise UserError(f"{checkpoint}: found {type(model).__name__} in it, expected a network; {REMEDY}")
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:  # of another version of the network
@@ -232,4 +240,9 @@ def _load_estimator(artefact: Path, folder: Path) -> tuple[Any, dict[str, Any]]:
     expected, remedy = f"what mrgen-train wrote beside {artefact}", "put back a copy that is whole, or fit anew"
     description = read_json(path, expected=expected, remedy=remedy)
     check_description(description, path, remedy=remedy)
-    return type(build(description["model"], MODELS, where=path)).load(artefact.parent), description
+    estimator = build(description["model"], MODELS, where=path)
+    if not isinstance(estimator, Estimator):
+        raise UserError(
+            f"{path}: found {type(estimator).__name__} in it, expected a method without a network; {remedy}"
+        )
+    return type(estimator).load(artefact.parent), description

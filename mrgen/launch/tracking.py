@@ -5,6 +5,7 @@ The CSV is the source of truth. No service can end a training, or keep it waitin
 
 import configparser
 import csv
+import hashlib
 import os
 import re
 import secrets
@@ -92,14 +93,30 @@ def source_commit() -> str | None:
     # the environment says of a repository is of another one.
     git = ["git", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", "-C", str(Path(__file__).parent)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment["GIT_ALLOW_PROTOCOL"] = "none"  # or what a partial clone lacks would be fetched, by any program
     run = partial(subprocess.run, capture_output=True, check=True, timeout=20, env=environment)
     known = ["ls-files", "--error-unmatch", Path(__file__).name]  # a wheel may be installed inside another repository
     try:
         run([*git, *known])
-        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return run(describe, text=True).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
+        commit = run([*git, "rev-parse", "HEAD"], text=True).stdout.strip()
+        tracked = run([*git, "ls-tree", "-r", "-z", "--full-tree", "HEAD"], text=True).stdout
+        root = Path(run([*git, "rev-parse", "--show-toplevel"], text=True).stdout.removesuffix("\n"))
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
+    # Compared here: git would run the filters that the repository names.
+    lines = [line.partition("\t") for line in tracked.split("\0") if line]
+    changed = any(_blob(root / name, len(about.split()[2])) != about.split()[2] for about, _, name in lines)
+    return commit + "-dirty" * changed
+
+
+def _blob(path: Path, digits: int) -> str | None:
+    """What git calls a file's content, by SHA-1 or SHA-256; None where there is no such file."""
+    try:
+        content = os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
+    except OSError:
+        return None
+    digest = hashlib.sha1 if digits == 40 else hashlib.sha256
+    return digest(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 # ----- W&B: who is asked, and how ------------------------------------------------------------------------------------

@@ -168,8 +168,12 @@ class Checkpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        def moved(path: str) -> str:
-            return str(Path(self.dirpath or "") / Path(path).name) if path else path
+        def moved(path: Any) -> str:
+            if path == "":
+                return path
+            if not isinstance(path, str) or Path(path).name != f"{self.filename}.ckpt":  # Lightning would remove it
+                raise UserError(f"a checkpoint names {path!r:.80} as one; expected {self.filename}.ckpt; train anew")
+            return str(Path(self.dirpath or "") / Path(path).name)
 
         state_dict = dict(state_dict, dirpath=self.dirpath)
         for key in ("best_model_path", "kth_best_model_path", "last_model_path"):

@@ -144,7 +144,7 @@ def _train(conf: DictConfig, run_dir: Path, preemption: Preemption, outcome: Out
     pl.seed_everything(checked_seed(conf.seed), verbose=False)
     # A resumed run keeps its split although the store may have grown: who was tested may not become who is trained on.
     kept: dict[str, Any] = {}
-    if saved and (run_dir / "split.json").is_file():
+    if saved:
         kept = {"split": {"kind": "file", "file": str(run_dir / "split.json")}}
     axes = {"mrgen.data.crops.BrainBox": 3, "mrgen.data.slices.AxialSlice": 2}.get(conf.data.sampling._target_)
     if saved and axes:  # nor may a new head change the box

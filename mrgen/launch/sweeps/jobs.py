@@ -1,6 +1,7 @@
 """A sweep's folder: which jobs it has (``sweep.json``), and what has become of them."""
 
 import math
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -19,6 +20,7 @@ __all__ = [
     "Job",
     "Progress",
     "advise",
+    "lies_below",
     "objective",
     "own_overrides",
     "read_jobs",
@@ -85,6 +87,11 @@ def read_jobs(sweep_dir: Path) -> list[Job]:
     return [Job(**{**job, "overrides": tuple(job["overrides"])}) for job in content]
 
 
+def lies_below(folder: str) -> bool:
+    """Whether a relative path stays below where it starts."""
+    return bool(folder) and not os.path.isabs(folder) and ".." not in Path(folder).parts
+
+
 def _is_job(content: Any) -> bool:
     if not isinstance(content, dict) or {*content} - {field.name for field in fields(Job)}:
         return False
@@ -96,6 +103,7 @@ def _is_job(content: Any) -> bool:
         and all(isinstance(text, str) and text.isprintable() for text in (content.get("name"), *overrides))
         and isinstance(content.get("folder"), str)
         and content["folder"].isprintable()
+        and lies_below(content["folder"])
         and (slurm_id is None or isinstance(slurm_id, str))
     )
 

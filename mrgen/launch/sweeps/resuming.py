@@ -26,20 +26,11 @@ SUBMITIT = ".submitit"
 # What may be another when a run goes on, because it changes nothing of what the weights will be, or only how long they
 # are trained. All below a key is meant as well.
 FREE = (
-    *(
-        "callbacks.images",
-        "data.root",
-        "data.store",
-        "data.workers",
-        "launch",
-        "name",
-        "plan",
-        "resume",
-        "tracking",
-        "trust",
-    ),
+    *("callbacks.images", "data.root", "data.store", "data.workers", "launch", "name", "plan", "resume", "tracking"),
     *("trainer.accelerator", "trainer.enable_progress_bar", "trainer.log_every_n_steps"),
-    *("trainer.max_epochs", "trainer.max_time"),
+    *("trainer.max_epochs", "trainer.max_time", "trust"),
+    # Of a layout what says which folders and masks a preparation takes; earlier versions had neither.
+    *("data.layout.brain", "data.layout.other_collections"),
 )
 
 
@@ -164,13 +155,14 @@ def refuse_links(folder: Path) -> None:
             path = Path(parent, name)
             if path.is_symlink() and not (path.parent.name == SUBMITIT and path.resolve().parent == path.parent):
                 raise _linked(path)
-        folders[:] = [name for name in folders if name != "wandb"]
+        if {".hydra", "config.yaml"} & {*folders, *files}:  # of a run
+            folders[:] = [name for name in folders if name != "wandb"]
 
 
 def _linked(path: Path) -> UserError:
     return UserError(
-        f"{path}: found a link to {os.readlink(path)}, expected what mrgen-train wrote; put back what it stands for, or "
-        "remove it"
+        f"{path}: found a link to {os.readlink(path)}, expected what mrgen-train wrote; put back what it stands for, "
+        "or remove it"
     )
 
 

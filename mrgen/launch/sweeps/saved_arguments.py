@@ -26,18 +26,20 @@ LAUNCHER = (
 )
 SWEEPER = ("direction", "max_batch_size", "max_failure_rate", "n_jobs", "n_trials", "sampler.seed")
 KEYS = (*(f"hydra.launcher.{key}" for key in LAUNCHER), *(f"hydra.sweeper.{key}" for key in SWEEPER))
+OURS = ("plan", "resume", "trust")  # said by who resumes
 PARAMETERS = "hydra.sweeper.params."
 QUOTES = "'\""
 PLAIN = re.compile(r"[\w.,:|&+\-]*")  # a word: what stands in a batch script ends with its line
 OPTION = re.compile(r"([\w,()\[\] '\"\-]|(?<=\w)/)*")  # names of a group's options, none of which lies outside of conf/
 
 
-def check_arguments(arguments: Sequence[str], where: Path) -> None:
+def check_arguments(arguments: Sequence[str], where: Path, *, interpolations: bool = True) -> None:
     """Raises UserError for an argument of a saved sweep that is more than data.
 
     Args:
         arguments: by Hydra's grammar, as the sweep was started.
         where: the file that holds them.
+        interpolations: whether they may refer to other keys.
     """
     parser = OverridesParser.create()
     for argument in arguments:
@@ -47,8 +49,11 @@ def check_arguments(arguments: Sequence[str], where: Path) -> None:
             raise UserError(f"{where}: found the argument {argument!r}, which Hydra cannot read ({error})") from None
         key, text = override.key_or_group, argument.partition("=")[2]
         if key.startswith(PARAMETERS):  # each of which becomes an argument of the jobs
-            check_arguments([f"{key.removeprefix(PARAMETERS)}={text.strip(QUOTES)}"], where)
+            inner = f"{key.removeprefix(PARAMETERS)}={text.strip(QUOTES)}"
+            check_arguments([inner], where, interpolations=False)  # whose text is read once more
             continue
+        if override.package not in (None, "_global_") or key in OURS:
+            raise UserError(f"{where}: found {argument!r}, expected what the jobs train; restore the file")
         own = key.split(".")[0].split("/")[0] == "hydra"
         if own and not _is_known(key, text):
             raise UserError(
@@ -58,7 +63,7 @@ def check_arguments(arguments: Sequence[str], where: Path) -> None:
         if ".." in key or ((CONF_DIR / key).is_dir() and not OPTION.fullmatch(text)):
             raise UserError(f"{where}: found {argument!r}, expected an option that lies in conf/{key}")
         if not own:
-            check_data(_values(override), where, interpolations=True)
+            check_data(_values(override), where, interpolations=interpolations)
 
 
 def _is_known(key: str, text: str) -> bool:

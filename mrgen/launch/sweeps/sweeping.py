@@ -19,11 +19,21 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mrgen.errors import UserError
 from mrgen.launch import app
-from mrgen.launch.build import check_data
+from mrgen.launch.build import check_data, trust
 from mrgen.launch.instantiate import plain
 from mrgen.launch.ranks import is_rank, record_failure
 from mrgen.launch.status import UNREADABLE, has_begun, runs_here, seen_status
-from mrgen.launch.sweeps.jobs import SWEEP, Job, advise, own_overrides, read_jobs, show, sweep_status, write_jobs
+from mrgen.launch.sweeps.jobs import (
+    SWEEP,
+    Job,
+    advise,
+    lies_below,
+    own_overrides,
+    read_jobs,
+    show,
+    sweep_status,
+    write_jobs,
+)
 from mrgen.launch.sweeps.resuming import MULTIRUN, as_written, refuse_links, settled
 
 __all__ = ["JobList", "NoLinks", "check_objective", "kept", "table_at_the_end"]
@@ -91,7 +101,8 @@ class JobList(Callback):
                     check_data(plain(own), Path(config.hydra.sweep.dir, MULTIRUN))
             sweep_dir = Path(config.hydra.sweep.dir).absolute()
             folder = os.path.relpath(config.hydra.runtime.output_dir, sweep_dir)
-            job = _job(config, config.hydra.job.num, as_written(config.hydra.overrides.task), folder)
+            with _refused():
+                job = _job(config, config.hydra.job.num, as_written(config.hydra.overrides.task), folder)
             # Launchers may start jobs at the same time, in processes that would write the file at the same time.
             if job not in [replace(known, slurm_id=None) for known in read_jobs(sweep_dir)]:
                 _add(sweep_dir, [job])
@@ -107,7 +118,13 @@ class NoLinks(Callback):
         if config.hydra.output_subdir is not None:
             with _refused():
                 HydraConfig.instance().set_config(config)
-                refuse_links(Path(config.hydra.run.dir).absolute() / config.hydra.output_subdir)
+                for name in (config.hydra.output_subdir, "blind", "key"):
+                    refuse_links(Path(config.hydra.run.dir).absolute() / name)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """The same of a sweep."""
+        with _refused():
+            refuse_links(Path(config.hydra.sweep.dir).absolute() / MULTIRUN)
 
 
 @contextmanager
@@ -167,6 +184,8 @@ def _taken_from_slurm(sweep_dir: Path, number: int) -> None:
 
 
 def _job(config: DictConfig, number: int, overrides: Sequence[str], folder: str) -> Job:
+    if not lies_below(folder):
+        raise UserError(f"name={config.name}: the job's folder would be {folder}, which is not the sweep's; change it")
     return Job(number, str(config.name), tuple(o for o in overrides if not o.startswith("resume=")), folder)
 
 
@@ -202,9 +221,12 @@ def kept(task: Callable[[DictConfig], float | None]) -> Callable[[DictConfig], f
         hydra = HydraConfig.get()
         if hydra.mode != RunMode.MULTIRUN:
             return task(conf)
+        trust(conf.trust)
         environment = dict(os.environ)
         run_dir = Path(hydra.runtime.output_dir)
         try:
+            if conf.resume:  # whatever Hydra made of what the folder says
+                check_data(plain(conf), run_dir)
             if not conf.plan:
                 _taken_from_slurm(Path(hydra.sweep.dir), hydra.job.num)
                 own = own_overrides(read_jobs(Path(hydra.sweep.dir))).get(hydra.job.num, [])
