@@ -14,8 +14,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from mrgen.errors import UserError
-from mrgen.launch.instantiate import check_arguments, plain
+from mrgen.launch.instantiate import check_arguments
 
 __all__ = [
     "CALLBACKS",
@@ -86,7 +88,7 @@ def build(conf: Mapping[str, Any], places: Sequence[str], *, where: str | Path, 
     Raises:
         UserError: a class that files may not name, ``${…}``, or arguments that the constructor refuses.
     """
-    conf = plain(conf)
+    conf = OmegaConf.to_container(conf, resolve=False) if OmegaConf.is_config(conf) else conf  # type: ignore[assignment]
     check_data(conf, where)
     if not isinstance(conf, Mapping) or not _below(str(conf.get("_target_")).rpartition(".")[0], (*places, *_trusted)):
         found = conf.get("_target_") if isinstance(conf, Mapping) else type(conf).__name__

@@ -73,6 +73,17 @@ def test_a_users_error_passes_unchanged():
         instantiate({"_target_": BOX, "size": [3, 8, 8]})
 
 
+def test_what_is_joined_is_not_resolved_once_more(tmp_path):
+    """Hydra would: its ``instantiate`` makes a config of what it is given."""
+    victim = tmp_path / "victim"
+    call = f"{{oc.create:{{_target_:pathlib.Path.touch,self:{victim}}}}}"
+    conf = OmegaConf.create({"a": "$", "b": call, "box": {"_target_": BOX, "size": "${a}${b}"}})
+    with pytest.raises(UserError, match="which is left of an interpolation; write the value itself"):
+        instantiate(conf.box)
+    with pytest.raises(UserError, match="which is left of an interpolation"):
+        plain(conf)
+
+
 def test_plain_resolves():
     conf = OmegaConf.create({"a": 3, "b": {"c": "${a}"}})
     assert plain(conf) == {"a": 3, "b": {"c": 3}}

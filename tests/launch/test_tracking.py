@@ -183,6 +183,9 @@ def test_a_repository_around_the_source_runs_nothing(tmp_path: Path, monkeypatch
     git("add", "tracking.py")
     git("commit", "-m", "one")
     git("config", "core.fsmonitor", str(hook))
+    git("config", "filter.evil.clean", str(hook))
+    (repository / ".git" / "info").mkdir(exist_ok=True)
+    (repository / ".git" / "info" / "attributes").write_text("*.py filter=evil\n")
     for name in ("post-index-change", "pre-commit", "post-checkout"):
         (repository / ".git" / "hooks" / name).write_bytes(hook.read_bytes())
         (repository / ".git" / "hooks" / name).chmod(0o755)
@@ -190,6 +193,9 @@ def test_a_repository_around_the_source_runs_nothing(tmp_path: Path, monkeypatch
     monkeypatch.setattr(tracking, "__file__", str(repository / "tracking.py"))
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))
     assert (source_commit() or "").endswith("-dirty")
+    assert not touched.exists()
+    (repository / "tracking.py").write_text("")
+    assert len(source_commit() or "") == 40  # as it was committed
     assert not touched.exists()
     monkeypatch.delenv("GIT_DIR")
     git("status")  # it is a weapon, in other hands

@@ -18,7 +18,7 @@ from mrgen.launch.instantiate import instantiate
 from mrgen.launch.paths import CONF_DIR
 from mrgen.launch.runs import load_run
 from mrgen.launch.status import read_status
-from mrgen.launch.trainer import build_trainer
+from mrgen.launch.trainer import Checkpoint, build_trainer
 from mrgen.papers.lesion_vaegan.generation import LesionVAEGAN
 from mrgen.papers.rsnet import RSNet
 from tests.launch.test_training import resumed
@@ -292,6 +292,17 @@ def test_optuna_searches_what_a_preset_says(mrgen: Script, tmp_path: Path, phant
 
 
 @pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("name", ["/x/..", "/x/notes", 3, None])
+def test_a_checkpoint_names_no_other_file_as_one(tmp_path: Path, name: Any):
+    """Lightning would remove it, with all that is in it, as soon as there is a better one."""
+    best = Checkpoint(tmp_path / "checkpoints", "best", monitor="val/loss")
+    state = dict(best.state_dict(), best_model_path=name)
+    with pytest.raises(UserError, match=r"as one; expected best\.ckpt"):
+        best.load_state_dict(state)
+    best.load_state_dict(dict(state, best_model_path="/moved/checkpoints/best.ckpt"))
+    assert best.best_model_path == str(tmp_path / "checkpoints" / "best.ckpt")
+
+
 def test_a_grid_of_presets_is_one_sweep(mrgen: Script, tmp_path: Path):
     called = mrgen("train", "-m", "experiment=rsnet/methods_grid", f"hydra.sweep.dir='{tmp_path}/sweep'")
     assert called.code == 0, called.err

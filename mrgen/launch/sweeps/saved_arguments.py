@@ -52,14 +52,14 @@ def check_arguments(arguments: Sequence[str], where: Path, *, interpolations: bo
             inner = f"{key.removeprefix(PARAMETERS)}={text.strip(QUOTES)}"
             check_arguments([inner], where, interpolations=False)  # whose text is read once more
             continue
-        if override.package not in (None, "_global_") or key in OURS:
-            raise UserError(f"{where}: found {argument!r}, expected what the jobs train; restore the file")
         own = key.split(".")[0].split("/")[0] == "hydra"
         if own and not _is_known(key, text):
             raise UserError(
                 f"{where}: the sweep was started with {argument!r}, which decides what runs on this machine and is not "
                 "taken from a folder; if you want it, say it again behind resume="
             )
+        if override.package not in (None, "_global_") or key in OURS:
+            raise UserError(f"{where}: found {argument!r}, expected what the jobs train; restore the file")
         if ".." in key or ((CONF_DIR / key).is_dir() and not OPTION.fullmatch(text)):
             raise UserError(f"{where}: found {argument!r}, expected an option that lies in conf/{key}")
         if not own:

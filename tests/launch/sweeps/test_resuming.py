@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from mrgen.callbacks.provenance import KEY
 from mrgen.data.splits import Split
@@ -101,6 +101,18 @@ def test_keys_that_differ_are_refused_with_both_values(run_dir: Path, phantom_st
         "trainer.devices: 1 there, 2 here",
     ]
     assert "leave these keys as they were, or train anew" in str(error.value)
+
+
+def test_a_run_of_an_earlier_version_goes_on(run_dir: Path, phantom_store: Path):
+    """Whose layout had no masks of one's own, and named no other collections."""
+    saved = OmegaConf.load(run_dir / "config.yaml")
+    for key in ("brain", "other_collections"):
+        del saved.data.layout[key]
+    del saved["trust"]
+    OmegaConf.save(saved, run_dir / "config.yaml")
+    conf = job(run_dir, phantom_store)
+    fill_from_store(conf)
+    check_config(conf, run_dir)
 
 
 def test_what_changes_nothing_of_the_weights_may_differ(run_dir: Path, phantom_store: Path):

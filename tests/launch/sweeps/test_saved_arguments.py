@@ -82,6 +82,19 @@ def test_what_is_more_than_data_is_refused(argument: str):
         check_arguments([argument], WHERE)
 
 
+@pytest.mark.parametrize(
+    "argument",
+    [
+        *("+model@hydra.callbacks.jobs=nothing", "+hydra.sweeper.params.monitor=${y}", "++trust=[os]", "+resume=x"),
+        *("hydra.sweeper.params.trust='[os]'", "hydra.sweeper.params.name='${a}${b}'"),
+    ],
+)
+def test_what_is_put_elsewhere_or_read_once_more_is_refused(argument: str):
+    """A package of Hydra's own, an argument of the jobs that would be joined from two, and what the user alone says."""
+    with pytest.raises(UserError, match=r"^sweep/multirun\.yaml: found"):
+        check_arguments([argument], WHERE)
+
+
 def test_parameters_of_a_sweep_may_not_reach_hydra_either():
     with pytest.raises(UserError, match="decides what runs on this machine"):
         check_arguments(["hydra.sweeper.params.hydra.launcher.setup='[x]'"], WHERE)

@@ -459,3 +459,10 @@ def test_the_objective_is_the_least_finite_value_of_the_monitor(tmp_path: Path):
     assert objective(tmp_path) == 0.25
     (tmp_path / "config.yaml").write_text("monitor: null\ntrainer: {max_epochs: 9}\nmodel: {}\n")
     assert objective(tmp_path) is None
+
+
+def test_a_job_does_not_leave_the_sweeps_folder(mrgen: Script, tmp_path: Path):
+    called = mrgen("train", "-m", "name=x/../../../out", "target=t1,t2")
+    assert called.code == 1
+    assert "which is not the sweep's; change it" in called.err
+    assert not (tmp_path / "out").exists()
