@@ -13,6 +13,7 @@ from mrgen.data.layouts import Layout
 from mrgen.data.reading import files_of
 from mrgen.data.report import Report, Row, row_of
 from mrgen.data.store import remove_leftovers, remove_subject, settings_digest
+from mrgen.data.stored_subject import LABEL
 from mrgen.data.stored_tables import FILES, DamagedError, find_damage, read_cohort, scan_subjects
 from mrgen.errors import UserError
 
@@ -171,8 +172,10 @@ def _size_and_change(path: Path) -> tuple[int | None, int | None]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def waiting(report: Report, subjects: Sequence[SubjectFiles], before: Before, root: Path) -> list[SubjectFiles]:
-    """Who is to be prepared; the others get their rows."""
+def waiting(
+    report: Report, subjects: Sequence[SubjectFiles], before: Before, root: Path, *, prune: bool
+) -> list[SubjectFiles]:
+    """Who is to be prepared; the others get their rows. A label that the store has is let go with `prune` alone."""
     assert report.store is not None
     todo = []
     no_table = any(problem.kind == "table" for problem in report.problems)
@@ -184,6 +187,8 @@ def waiting(report: Report, subjects: Sequence[SubjectFiles], before: Before, ro
             fields = table["source"].get("fields")
             if isinstance(fields, list) and len(fields) == 3:
                 files = replace(files, patient=fields[0], grade=fields[1], site=fields[2])
+        had_label = (report.store / files.id / LABEL).is_file() if table is None else table["label_counts"] is not None
+        loses_label = had_label and files.label is None
         source = fingerprint(files, root)
         if table is not None and before.is_good(files.id) and table["source"] == source:
             report.rows.append(row_of(files, table["shape"], table["spacing"], "unchanged"))
@@ -191,7 +196,16 @@ def waiting(report: Report, subjects: Sequence[SubjectFiles], before: Before, ro
             message = "found files that are not of a store, expected a prepared subject or nothing; move them away"
             report.rows.append(row_of(files, None, None, "bad"))
             report.problems.append(Problem(files.id, str(report.store / files.id), message, "foreign files"))
+        elif loses_label and not prune:
+            message = (
+                "found no label, expected one, as the store has; restore it, or let the store's go with prune=true"
+            )
+            report.rows.append(row_of(files, None, None, "bad"))
+            report.problems.append(Problem(files.id, str(files.folder), message, "missing label"))
         else:
+            if loses_label:
+                message = "found no label any more; the store's is let go, as prune=true says"
+                report.notes.append(Problem(files.id, str(files.folder), message, "note"))
             todo.append(files)
     return todo
 

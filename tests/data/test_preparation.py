@@ -104,10 +104,25 @@ def test_a_label_or_a_grade_that_changes_counts_as_change(root, store, change):
         label.unlink()
     else:
         shutil.move(root / "HGG" / IDS[0], root / "LGG" / IDS[0])
-    assert prepare(root, store).prepared == [IDS[0]]
+    if change == "label goes":
+        report = prepare(root, store)
+        assert (report.kept, report.exit_code) == ([IDS[0]], 1)
+        assert "found no label, expected one, as the store has" in str(report.problems[0])
+        assert Store(store).subjects[IDS[0]].labelled
+    report = prepare(root, store, prune=change == "label goes")
+    assert report.prepared == [IDS[0]]
+    assert any("found no label any more" in str(note) for note in report.notes) == (change == "label goes")
     subject = Store(store).subjects[IDS[0]]
     assert subject.labelled == (change != "label goes")
     assert subject.grade == ("LGG" if change == "grade" else "HGG")
+
+
+def test_a_damaged_subject_whose_label_vanished_keeps_the_stored_one(root, store):
+    prepare(root, store)
+    (store / IDS[0] / "image.npy").write_bytes(b"")
+    (root / "HGG" / IDS[0] / f"{IDS[0]}_seg.nii.gz").unlink()
+    assert prepare(root, store).bad == [IDS[0]]
+    assert (store / IDS[0] / "label.npy").stat().st_size > 0
 
 
 def test_a_cohort_that_was_moved_is_unchanged(root, store, tmp_path):
