@@ -15,6 +15,7 @@ from mrgen.errors import UserError
 __all__ = ["Layout", "Problem", "SubjectFiles", "find_subjects", "read_layouts", "recognise_layouts"]
 
 RESERVED_IDS = ("cohort.json", "generated.json")  # files of a store, beside its subjects
+_GRADES = {"hgg": "HGG", "lgg": "LGG"}  # in tables they are typed by hand
 LONGEST_ID = 200  # bytes; a name has 255, of which the store adds some while it writes
 
 
@@ -81,7 +82,8 @@ def find_subjects(
     Returns:
         The subjects that have everything, sorted by id, and one problem for each file or folder that is missing,
         ambiguous or unreadable. A folder with a problem makes no subject; one without a label does. A second copy
-        that lacks something is a problem beside the subject that has everything.
+        that lacks something is a problem beside the subject that has everything. What a table of grades does not say
+        is a problem of the kind "note", which is none.
 
     Raises:
         UserError: no such root, an unknown modality, or nothing below the root matches.
@@ -99,7 +101,7 @@ def find_subjects(
     table = SubjectTable()
     if layout.table and places:
         ids = {_raw_id(layout, folders, place, path) for place, path in places}
-        table = read_tables(layout, folders.find(root, layout.table["files"]), ids)
+        table = read_tables(layout, folders.find(root, _in_any_case(layout.table["files"])), ids)
     found = [_files_of(layout, folders, place, path, names, table) for place, path in places]
     subjects = [subject for subject, _ in found if subject is not None]
     problems = [problem for _, several in found for problem in several]
@@ -111,12 +113,20 @@ def find_subjects(
         for path, why in folders.unreadable.items()
         if path not in broken
     ]
-    problems += [Problem("table", str(path), what, "table", of_subject=False) for path, what in table.problems.items()]
-    if not subjects and not problems:
+    for kind, lines in (("table", table.problems), ("note", table.notes)):
+        problems += [Problem("table", str(path), what, kind, of_subject=False) for path, what in lines.items()]
+    if not subjects and all(problem.kind == "note" for problem in problems):
         raise UserError(_nothing_matches(layout, root, known_layouts or {}))
     subjects, duplicates = _without_duplicates(subjects)
     subjects, copies = _without_copies(subjects)
     return sorted(subjects, key=lambda s: s.id), problems + duplicates + copies
+
+
+def _in_any_case(pattern: str) -> str:
+    """A glob whose last part means files however their names are capitalised."""
+    start, slash, name = pattern.rpartition("/")
+    either = (f"[{c.lower()}{c.upper()}]" if c.isalpha() else c for c in name)
+    return start + slash + (name if "[" in name else "".join(either))
 
 
 def recognise_layouts(root: Path | str, known_layouts: Mapping[str, Layout]) -> dict[str, int]:
@@ -218,7 +228,7 @@ def _files_of(
     return SubjectFiles(
         id=subject,
         patient=(values["patient"] or raw_id).replace("/", "_"),
-        grade=values["grade"],
+        grade=_GRADES.get((values["grade"] or "").casefold(), values["grade"]),
         site=values["site"],
         folder=folder,
         images=images,

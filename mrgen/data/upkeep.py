@@ -178,15 +178,15 @@ def waiting(
     """Who is to be prepared; the others get their rows. A label that the store has is let go with `prune` alone."""
     assert report.store is not None
     todo = []
-    no_table = any(problem.kind == "table" for problem in report.problems)
     for files in subjects:
         table = before.tables.get(files.id)
         if files.id in before.damaged:
             report.mended[files.id] = before.damaged[files.id]
-        if table is not None and no_table:  # what an unreadable table said of them is still known
-            fields = table["source"].get("fields")
-            if isinstance(fields, list) and len(fields) == 3:
-                files = replace(files, patient=fields[0], grade=fields[1], site=fields[2])
+        if table is not None:  # what is no longer said of them, by a table for example, is still known
+            patient = table["patient"] if files.patient == files.raw_id else files.patient
+            files = replace(
+                files, patient=patient, grade=files.grade or table["grade"], site=files.site or table["site"]
+            )
         had_label = (report.store / files.id / LABEL).is_file() if table is None else table["label_counts"] is not None
         loses_label = had_label and files.label is None
         source = fingerprint(files, root)

@@ -153,8 +153,8 @@ def test_brats2020_takes_grade_and_site_from_name_mapping(tmp_path):
         "HGG,NA,BraTS19_CBICA_AAB_1,BraTS20_Training_001\n"
         "LGG,NA,NA,BraTS20_Training_355\n"
     )
-    subjects, problems = find_subjects(SHIPPED["brats2020"], tmp_path)
-    assert not problems
+    subjects, (note,) = find_subjects(SHIPPED["brats2020"], tmp_path)
+    assert "found no row or no Grade for 1 of 3 subjects (BraTS20_Training_369)" in str(note)
     assert summary(subjects) == [
         ("BraTS20_Training_001", "BraTS20_Training_001", "HGG", "CBICA", True),
         ("BraTS20_Training_355", "BraTS20_Training_355", "LGG", None, True),

@@ -465,19 +465,25 @@ def test_somebodys_own_files_where_a_subject_would_be_written_are_left_alone(roo
     assert (store / IDS[0] / "thesis.tex").read_text() == "x"
 
 
-def test_a_table_that_becomes_unreadable_costs_no_grade(tmp_path, store):
+@pytest.mark.parametrize("now", ["\0\0a", None, "header", "no grade"])
+def test_a_table_that_becomes_unreadable_or_says_less_costs_no_grade(tmp_path, store, now):
     root = tmp_path / "raw"
     for i in (1, 2):
         write_brats_case(root / f"BraTS20_Training_00{i}")
-    table = "Grade,BraTS_2019_subject_ID,BraTS_2020_subject_ID\nHGG,BraTS19_X_1_1,BraTS20_Training_00{}\n"
-    (root / "name_mapping.csv").write_text(table.format(1))
+    header = "Grade,BraTS_2019_subject_ID,BraTS_2020_subject_ID\n"
+    rows = "{},BraTS19_X_1_1,BraTS20_Training_001\nLGG,BraTS19_X_2_1,BraTS20_Training_002\n"
+    table = root / "name_mapping.csv"
+    table.write_text(header + rows.format("HGG"))
     prepare(root, store, "brats2020")
-    (root / "name_mapping.csv").write_text("\0\0a")
+    table.write_text({"header": header, "no grade": header + rows.format("")}.get(now, now or ""))
+    if now is None:
+        table.unlink()
     report = prepare(root, store, "brats2020")
-    assert (len(report.unchanged), report.exit_code, len(report.rows)) == (2, 1, 2)
-    assert "grade of" not in str(report.problems[0])
-    assert "without it Grade and BraTS_2019_subject_ID of the subjects are not known" in str(report.problems[0])
-    assert Store(store).subjects["BraTS20_Training_001"].grade == "HGG"
+    said = [line for line in (*report.problems, *report.notes) if line.subject == "table"]
+    assert len(said) == 1
+    assert (len(report.unchanged), len(report.rows)) == (2, 2)
+    subjects = Store(store).subjects.values()
+    assert [(s.grade, s.site) for s in subjects] == [("HGG", "X"), ("LGG", "X")]
 
 
 def test_a_store_of_another_cohort_is_refused_and_left_alone(root, store, tmp_path):
