@@ -262,8 +262,8 @@ def find_damage(folder: Path, table: Mapping[str, Any], *, contents: bool = Fals
         return None
     if "checksum" in table and table["checksum"] != table_checksum(table):
         return f"{SUBJECT}: other values than were written"
-    if not recorded:
-        return "prepared before checksums were recorded"
+    if not recorded:  # prepared before they were; it cannot be told
+        return None
     for name, now in checksums(arrays, table["modalities"]).items():
         if recorded.get(name) != now:
             return f"{name}: other voxels than were prepared"

@@ -28,6 +28,7 @@ class Before:
         tables: by id, the `subject.json` of subjects that are whole.
         damaged: by id, what was found of the others.
         cohort: what was found where `cohort.json` was damaged, else None.
+        unchecked: ids of the whole ones that are to be verified and have no checksums.
         digest: settings of the preparation that is to come.
         replaces: whether those that can be seen now will be replaced by subjects of other settings.
     """
@@ -37,6 +38,7 @@ class Before:
     cohort: str | None
     digest: str
     replaces: bool
+    unchecked: frozenset[str] = frozenset()
 
     def is_good(self, id: str) -> bool:
         """Whether the store has the subject, whole and with the present settings."""
@@ -98,7 +100,8 @@ def look(
         results = dict(zip(tables, pool.map(damage, tables), strict=True))
     damaged |= {id: why for id, why in results.items() if why is not None}
     tables = {id: table for id, table in tables.items() if id not in damaged}
-    return Before(tables, damaged, found, digest, replaces)
+    unchecked = frozenset(id for id, table in tables.items() if verify and not table.get("checksums"))
+    return Before(tables, damaged, found, digest, replaces, unchecked)
 
 
 def _other_settings(
@@ -122,27 +125,49 @@ def _other_settings(
     )
 
 
-def _source_is_gone(table: Mapping[str, Any], root: Path, taken: Mapping[Path, str]) -> bool:
+def _places(table: Mapping[str, Any], root: Path) -> list[tuple[Path, bool]]:
+    """Where a subject's files lay below the root, and whether they are the same still, there or above.
+
+    The root may have been the cohort's folder and now be that of a grade or a site, or one more below.
+    """
+    files = table["source"].get("files")
+    found = []
+    for place in files.values() if isinstance(files, dict) else ():
+        try:
+            name, size, changed = place
+            same = any(_size_and_change(base / name) == (size, changed) for base in (root, *_above(root)))
+            found.append((root / name, same))
+        except (TypeError, ValueError):
+            return []  # not made by a preparation
+    return found
+
+
+def _above(root: Path) -> Sequence[Path]:
+    return list(root.resolve().parents)[:2]
+
+
+def _source_is_gone(table: Mapping[str, Any], root: Path, taken: Mapping[Path, str], *, known_root: bool) -> bool:
     """Whether what a subject was made from is no longer there, or is another file now.
 
     Args:
         table: its `subject.json`.
         root: of the cohort.
         taken: by file, whose it is now: where it has become another subject's, this one is gone.
+        known_root: whether the root is that of the preparation; below another nothing is missing.
     """
-    files = table["source"].get("files")
-    if not isinstance(files, dict) or not files:
-        return False  # not made by a preparation
-    for place in files.values():
+    for path, same in _places(table, root):
+        if taken.get(path, table["id"]) != table["id"]:
+            return True
         try:
-            name, size, changed = place
-            stat = (root / name).stat()
+            path.stat()
         except (FileNotFoundError, NotADirectoryError):
-            return True
-        except (OSError, TypeError, ValueError):
+            if known_root and not same:
+                return True
+        except (OSError, ValueError):
             return False  # cannot be told
-        if (stat.st_size, stat.st_mtime_ns) != (size, changed) or taken.get(root / name, table["id"]) != table["id"]:
-            return True
+        else:
+            if not same:
+                return True
     return False
 
 
@@ -190,7 +215,8 @@ def waiting(
         had_label = (report.store / files.id / LABEL).is_file() if table is None else table["label_counts"] is not None
         loses_label = had_label and files.label is None
         source = fingerprint(files, root)
-        if table is not None and before.is_good(files.id) and table["source"] == source:
+        same = table is not None and before.is_good(files.id) and table["source"] == source
+        if table is not None and same and files.id not in before.unchecked:
             report.rows.append(row_of(files, table["shape"], table["spacing"], "unchanged"))
         elif _is_occupied(report.store / files.id):
             message = "found files that are not of a store, expected a prepared subject or nothing; move them away"
@@ -216,6 +242,8 @@ def settle(report: Report, subjects: Sequence[SubjectFiles], before: Before, roo
     taken = {
         path: files.id for files in subjects for path in (*files.images.values(), files.label, files.brain) if path
     }
+    # Somebody's files lie where they were: the root is that of the preparation, and what is missing below it is gone.
+    known_root = any(path.exists() for table in before.tables.values() for path, _ in _places(table, root))
     rows = {row.id: row for row in report.rows}
     told = {problem.subject for problem in report.problems}
     vanished = []
@@ -223,7 +251,11 @@ def settle(report: Report, subjects: Sequence[SubjectFiles], before: Before, roo
         if id in rows and rows[id].status != "bad":
             continue
         table = before.tables.get(id)
-        gone = table is None or _source_is_gone(table, root, taken)
+        if table is None:
+            gone = known_root or id in told
+        else:
+            gone = _source_is_gone(table, root, taken, known_root=known_root)
+            gone = gone or (not before.is_good(id) and id in told)  # seen, and with no good files of these settings
         if id not in told:
             vanished.append(id)
         if table is None:
@@ -232,7 +264,7 @@ def settle(report: Report, subjects: Sequence[SubjectFiles], before: Before, roo
             message += "restore them, or take it out of the store with prune=true"
             report.problems.append(Problem(id, str(report.store / id), message, "damaged in the store"))
             report.mended.pop(id, None)
-        if prune and report.usable and (gone or not before.is_good(id)):
+        if prune and report.usable and gone:
             remove_subject(report.store, id)
             status = "removed"
         else:

@@ -241,6 +241,27 @@ def test_subjects_that_vanished_are_kept_and_reported(root, store):
     assert prepare(root, store, prune=True).removed == [IDS[0]]
 
 
+@pytest.mark.parametrize("options", [{}, {"modalities": ["flair", "t1"]}])
+def test_a_root_of_one_grade_alone_prunes_nobody_of_the_other(root, store, options):
+    """Their files are there, above the root; a second time as well, when the others' places are known by it."""
+    write_brats_case(root / "LGG" / "BraTS19_Y_9_1")
+    prepare(root, store)
+    for _ in range(2):
+        report = prepare(root / "HGG", store, prune=True, **options)
+        assert report.removed == []
+        assert (store / "BraTS19_Y_9_1" / "image.npy").exists()
+    shutil.rmtree(root / "LGG" / "BraTS19_Y_9_1")
+    assert prepare(root, store, prune=True, **options).removed == []  # nobody's files lie where they were, now
+    assert prepare(root, store, prune=True, **options).removed == ["BraTS19_Y_9_1"]
+
+
+def test_another_copy_of_a_part_of_the_cohort_prunes_nobody(root, store, tmp_path):
+    prepare(root, store)
+    shutil.copytree(root / "HGG" / IDS[0], tmp_path / "usb" / IDS[0])
+    assert prepare(tmp_path / "usb", store, prune=True).removed == []
+    assert list(Store(store).subjects) == IDS
+
+
 def test_other_modalities_are_refused_before_anything_is_touched(root, store):
     """Forgetting data.modalities would hide a store of two sequences, and most BraTS 2015 subjects have no others."""
     prepare(root, store, modalities=["flair", "t1"])
@@ -405,14 +426,20 @@ def test_a_store_from_before_checksums_opens_is_unchanged_and_gets_them_when_ver
     prepare(root, store)
     for file in store.glob("*/subject.json"):
         table = json.loads(file.read_text())
-        del table["checksums"]
+        del table["checksums"], table["checksum"]
         file.write_text(json.dumps(table))
     assert len(Store(store)) == 3
     assert prepare(root, store).unchanged == IDS
     shutil.copytree(root / "HGG" / IDS[0], root / "HGG" / "BraTS19_Y_8_1")
     assert prepare(root, store).bad == ["BraTS19_Y_8_1"]  # by its statistics
     shutil.rmtree(root / "HGG" / "BraTS19_Y_8_1")
-    assert prepare(root, store, verify=True).prepared == IDS
+    scan = root / "HGG" / IDS[0] / f"{IDS[0]}_t1.nii.gz"
+    scan.rename(scan.with_name("elsewhere"))
+    report = prepare(root, store, verify=True)
+    assert (report.prepared, report.kept) == (IDS[1:], IDS[:1])  # it is no damage
+    assert all("damaged" not in str(problem) for problem in report.problems)
+    scan.with_name("elsewhere").rename(scan)
+    assert prepare(root, store, verify=True).prepared == IDS[:1]
     assert prepare(root, store, verify=True).unchanged == IDS
 
 
