@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mrgen.data.measures import STATISTICS
 from mrgen.data.stored_subject import BRAIN, IMAGE, LABEL, STRUCTURE
 from mrgen.errors import UserError
 from mrgen.files import open_to_read, read_json
@@ -149,7 +150,16 @@ def _is_box(value: Any) -> bool:
 
 def _are_statistics(value: Any) -> bool:
     return isinstance(value, dict) and all(
-        isinstance(named, dict) and named and all(map(_is_number, named.values())) for named in value.values()
+        isinstance(named, dict) and set(STATISTICS) <= named.keys() and all(map(_is_number, named.values()))
+        for named in value.values()
+    )
+
+
+def _are_checksums(value: Any) -> bool:
+    """A text by file, and for the image one by sequence."""
+    return isinstance(value, dict) and all(
+        isinstance(of, dict) and all(map(_is_text, of.values())) if name == IMAGE else _is_text(of)
+        for name, of in value.items()
     )
 
 
@@ -200,7 +210,11 @@ def _wrong(table: Any, name: str) -> str | None:
         return "statistics of other sequences"
     if any(b > n for (_, b), n in zip(table["brain_box"], table["shape"], strict=True)):
         return f"brain_box: {table['brain_box']} in a volume of {table['shape']}"
-    return None if isinstance(table.get("checksums", {}), dict) else f"checksums: {table['checksums']!r:.80}"
+    if not _are_checksums(table.get("checksums", {})):
+        return f"checksums: {table['checksums']!r:.80}"
+    if "checksum" in table and table["checksum"] != table_checksum(table):
+        return "other values than were written"
+    return None
 
 
 # ----- arrays ---------------------------------------------------------------------------------------------------------
@@ -239,7 +253,8 @@ def find_damage(folder: Path, table: Mapping[str, Any], *, contents: bool = Fals
     Args:
         folder: the subject's.
         table: its `subject.json`, of `scan_subjects`.
-        contents: whether to read every voxel and compare checksums; else types, shapes and sizes alone.
+        contents: whether to read every voxel and compare checksums, where there are some; else types, shapes and sizes
+            alone.
     """
     shape = tuple(table["shape"])
     recorded = table.get("checksums", {})
@@ -260,12 +275,8 @@ def find_damage(folder: Path, table: Mapping[str, Any], *, contents: bool = Fals
             return f"{name}: no array ({' '.join(str(error).split())[:80]})"
     if not contents:
         return None
-    if "checksum" in table and table["checksum"] != table_checksum(table):
-        return f"{SUBJECT}: other values than were written"
-    if not recorded:  # prepared before they were; it cannot be told
-        return None
     for name, now in checksums(arrays, table["modalities"]).items():
-        if recorded.get(name) != now:
+        if recorded and recorded.get(name) != now:
             return f"{name}: other voxels than were prepared"
     return None
 

@@ -29,7 +29,7 @@ class Before:
         damaged: by id, what was found of the others.
         cohort: what was found where `cohort.json` was damaged, else None.
         unchecked: ids of the whole ones that are to be verified and have no checksums.
-        digest: settings of the preparation that is to come.
+        digest, modalities: settings of the preparation that is to come, and its sequences.
         replaces: whether those that can be seen now will be replaced by subjects of other settings.
     """
 
@@ -37,12 +37,14 @@ class Before:
     damaged: dict[str, str]
     cohort: str | None
     digest: str
+    modalities: list[str]
     replaces: bool
     unchecked: frozenset[str] = frozenset()
 
     def is_good(self, id: str) -> bool:
-        """Whether the store has the subject, whole and with the present settings."""
-        return id in self.tables and self.tables[id]["settings"] == self.digest
+        """Whether the store has the subject, whole, with the present settings and their sequences in order."""
+        table = self.tables.get(id, {})
+        return table.get("settings") == self.digest and table["modalities"] == self.modalities
 
 
 def look(
@@ -101,7 +103,7 @@ def look(
     damaged |= {id: why for id, why in results.items() if why is not None}
     tables = {id: table for id, table in tables.items() if id not in damaged}
     unchecked = frozenset(id for id, table in tables.items() if verify and not table.get("checksums"))
-    return Before(tables, damaged, found, digest, replaces, unchecked)
+    return Before(tables, damaged, found, digest, list(modalities), replaces, unchecked)
 
 
 def _other_settings(

@@ -443,6 +443,18 @@ def test_a_store_from_before_checksums_opens_is_unchanged_and_gets_them_when_ver
     assert prepare(root, store, verify=True).unchanged == IDS
 
 
+def test_sequences_in_another_order_are_prepared_anew(root, store):
+    prepare(root, store)
+    path = store / IDS[0] / "subject.json"
+    table = json.loads(path.read_text())
+    del table["checksum"]
+    path.write_text(json.dumps({**table, "modalities": table["modalities"][::-1]}))
+    with pytest.raises(UserError, match="other sequences than the store"):
+        Store(store)
+    assert prepare(root, store).prepared == [IDS[0]]
+    assert list(Store(store).subjects) == IDS
+
+
 def test_what_is_damaged_and_has_no_good_files_is_reported_until_it_is_pruned(root, store):
     prepare(root, store)
     (store / IDS[0] / "image.npy").write_bytes(b"")
