@@ -22,8 +22,8 @@ def bounding_box(brain: np.ndarray) -> list[list[int]]:
     return box
 
 
-STATISTICS = ("min", "max", "mean", "std", "p0_5", "q1", "q3", "p99_5", "clipped_mean", "clipped_std")
-STATISTICS += ("volume_min", "volume_max")  # over all voxels; the others over the brain
+_OF_BRAIN = ("min", "max", "mean", "std", "p0_5", "q1", "q3", "p99_5", "clipped_mean", "clipped_std")
+STATISTICS = (*_OF_BRAIN, "volume_min", "volume_max")
 
 
 def statistics(volume: np.ndarray, brain: np.ndarray) -> dict[str, float]:
