@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,10 @@ def _check(files: SubjectFiles, layout: Layout) -> tuple[LoadedSubject | None, l
                 f"found an affine up to {shift:.3g} voxels off, expected that of {reference[0].name}; "
                 "bring them onto one grid",
             )
+    for (name, array), (other, same) in combinations(volumes.items(), 2):
+        if np.array_equal(array, same):
+            message = f"found the same voxels in {name} and {other}, expected two scans; restore the one meant"
+            blame(files.images[other], "same voxels in two sequences", f"{message}, or mend the layout's patterns")
     if problems or reference is None:
         return None, problems
     affine, original_shape = reference[2], reference[1]

@@ -86,7 +86,7 @@ def find_subjects(
         is a problem of the kind "note", which is none.
 
     Raises:
-        UserError: no such root, an unknown modality, or nothing below the root matches.
+        UserError: no such root, an unknown or repeated modality, or nothing below the root matches.
     """
     root = Path(root)
     if not root.is_dir():
@@ -95,6 +95,8 @@ def find_subjects(
         raise UserError(
             f"data.modalities: {layout.title} has no {', '.join(unknown)}; it has {', '.join(layout.images)}"
         )
+    if repeated := [m for m in dict.fromkeys(modalities or ()) if list(modalities or ()).count(m) > 1]:
+        raise UserError(f"data.modalities: found {', '.join(repeated)} more than once, expected each sequence once")
     folders = Folders(root, layout.exclude)
     names = list(modalities or layout.images)
     places = _places(layout, folders)

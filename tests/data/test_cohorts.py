@@ -389,6 +389,8 @@ def test_a_root_that_looks_like_nothing_says_what_it_holds(tmp_path):
 def test_unknown_modality_is_refused_with_the_valid_ones(tmp_path):
     with pytest.raises(UserError, match="BraTS 2019 has no apt; it has t1, t1ce, t2, flair"):
         find_subjects(SHIPPED["brats2019"], tmp_path, ["t1", "apt"])
+    with pytest.raises(UserError, match=r"data.modalities: found t1 more than once, expected each sequence once"):
+        find_subjects(SHIPPED["brats2019"], tmp_path, ["t1", "t2", "t1"])
 
 
 def test_a_link_that_leads_back_does_not_hang_the_walk(tmp_path):
