@@ -195,9 +195,13 @@ def _whole_numbers(array: np.ndarray, allowed: set[int], kind: str, message: str
     good = (np.abs(values - whole) <= LABEL_ROUNDING) & np.isin(whole, list(allowed))  # NaN is near nothing
     if not good.all():
         bad = [(v, n) for v, n in zip(values[~good], counts[~good].tolist(), strict=True)]
-        found = [f"{np.format_float_positional(v, trim='-')} ({n} voxel{'s' * (n != 1)})" for v, n in bad[:4]]
+        found = [f"{_in_digits(v)} ({n} voxel{'s' * (n != 1)})" for v, n in bad[:4]]
         raise BadFileError(kind, "found " + message.format(found=", ".join(found) + ", …" * (len(bad) > 4)))
     return np.rint(array).astype(np.uint8)
+
+
+def _in_digits(number: np.generic) -> str:
+    return f"{number:g}" if abs(number) > 1e9 else np.format_float_positional(number, trim="-")
 
 
 def _canonical(affine: np.ndarray, shape: tuple[int, ...]):

@@ -170,9 +170,20 @@ def _places(layout: Layout, folders: Folders) -> list[tuple[str, Path]]:
         kept = [p for p in paths if p not in wraps or _has_image(layout, folders, p)]
         inner = {p for p in kept if not wraps.isdisjoint(p.parents) and not set(kept).isdisjoint(p.parents)}
         kept = [p for p in kept if p not in inner and (not parents or _has_image(layout, folders, p))]
+        kept = _once(kept, folders.root)
         if kept:
             return [("/".join((*parents, p.relative_to(folders.root).as_posix())).removesuffix("/."), p) for p in kept]
     return []
+
+
+def _once(paths: list[Path], root: Path) -> list[Path]:
+    """Without the ways through a link (`latest` to `HGG`) to what is there under the same name anyway."""
+    ways: dict[tuple[Path, str], Path] = {}
+    for path in paths:
+        place = path.resolve()
+        direct = root.resolve() / path.relative_to(root) == place
+        ways[place, path.name] = path if direct else ways.get((place, path.name), path)
+    return sorted(ways.values())
 
 
 def _matched(folders: Folders, pattern: str, parents: Sequence[str]) -> list[Path]:

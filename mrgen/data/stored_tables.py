@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mrgen.data.folders import is_of_system
 from mrgen.data.measures import STATISTICS
 from mrgen.data.stored_subject import BRAIN, IMAGE, LABEL, STRUCTURE
 from mrgen.errors import UserError
@@ -45,11 +47,13 @@ def read_cohort(store: Path | str) -> dict[str, Any] | None:
 
     Raises:
         DamagedError: it cannot be read.
-        UserError: its version is another.
+        UserError: its version is another, or it is a folder.
     """
     path = Path(store) / COHORT
     if not os.path.lexists(path):
         return None
+    if path.is_dir() and not path.is_symlink():  # somebody's; no preparation would replace it
+        raise UserError(f"{path}: found a folder, expected a store's table; move it away and run mrgen-prepare")
     remedy = "mrgen-prepare with the same data=… writes it anew; a synthetic cohort is generated anew"
     try:
         cohort = read_json(path, expected="a store's table", remedy=remedy)
@@ -85,7 +89,7 @@ def scan_subjects(store: Path | str) -> tuple[dict[str, dict[str, Any]], dict[st
     damaged: dict[str, str] = {}
     try:
         with os.scandir(store) as entries:
-            names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
+            names = sorted(entry.name for entry in entries if not is_of_system(entry.name))
     except OSError as error:
         raise UserError(f"data.store={store}: cannot be read ({error.strerror}); expected a prepared store") from error
     for name in names:
@@ -99,7 +103,8 @@ def scan_subjects(store: Path | str) -> tuple[dict[str, dict[str, Any]], dict[st
         try:
             table = read_json(folder / SUBJECT, expected="", remedy="")
         except UserError as error:
-            damaged[name] = f"{SUBJECT}: " + str(error).removeprefix(f"{folder / SUBJECT}: ").split(", expected")[0]
+            found = re.split("[,;] expected", str(error).removeprefix(f"{folder / SUBJECT}: "))[0]
+            damaged[name] = f"{SUBJECT}: {found}"
             continue
         if (wrong := _wrong(table, name)) is None:
             tables[name] = table

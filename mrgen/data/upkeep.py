@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mrgen.data.cohorts import Problem, SubjectFiles
+from mrgen.data.folders import is_of_system
 from mrgen.data.identity import Scan, twins
 from mrgen.data.layouts import Layout
 from mrgen.data.reading import files_of
@@ -177,7 +178,7 @@ def _is_occupied(folder: Path) -> bool:
     """Whether somebody's own files lie where a subject would be written, and would be lost."""
     if folder.is_symlink() or not folder.exists():
         return False
-    return not folder.is_dir() or any(name not in FILES and not name.startswith(".") for name in os.listdir(folder))
+    return not folder.is_dir() or any(name not in FILES and not is_of_system(name) for name in os.listdir(folder))
 
 
 def fingerprint(files: SubjectFiles, root: Path) -> dict[str, Any]:
@@ -258,7 +259,7 @@ def settle(report: Report, subjects: Sequence[SubjectFiles], before: Before, roo
         else:
             gone = _source_is_gone(table, root, taken, known_root=known_root)
             gone = gone or (not before.is_good(id) and id in told)  # seen, and with no good files of these settings
-        if id not in told:
+        if id not in told and table is not None:
             vanished.append(id)
         if table is None:
             rows.setdefault(id, Row(id, id, None, None, None, None, None, "bad"))

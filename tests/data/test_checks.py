@@ -384,3 +384,8 @@ def test_one_scan_as_two_sequences_is_refused(tmp_path):
     subject, (problem,) = check_subject(files, SHIPPED["brats2019"])
     assert subject is None
     assert "found the same voxels in t1 and t2, expected two scans" in str(problem)
+
+
+def test_a_label_beyond_all_measure_is_told_in_few_digits(case):
+    write_nifti(case / f"{ID}_seg.nii.gz", lesion().astype(float) * 1e300)
+    assert "found the label 1e+300 (" in only_line(case)

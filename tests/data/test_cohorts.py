@@ -405,3 +405,21 @@ def test_a_link_that_leads_back_does_not_hang_the_walk(tmp_path):
 @pytest.mark.parametrize("name", ["brats2015", "brats2019", "brats2023"])
 def test_real_scans_are_recognised(name):
     assert next(iter(recognise_layouts(Path(SCANS) / name, SHIPPED))) == name
+
+
+@pytest.mark.parametrize("ending", [".part", ".bak", ".crdownload", "~"])
+def test_half_a_download_is_no_scan(tmp_path, ending):
+    case = write_brats_case(tmp_path / "HGG" / "BraTS19_X_1_1")
+    scan = case / f"{case.name}_t1.nii.gz"
+    scan.rename(scan.with_name(scan.name + ending))
+    subjects, (problem,) = find_subjects(SHIPPED["brats2019"], tmp_path)
+    assert not subjects
+    assert problem.kind == "missing sequence: t1"
+
+
+@pytest.mark.parametrize("link", ["latest", "A"])
+def test_a_link_to_a_folder_of_subjects_is_no_second_copy(tmp_path, link):
+    write_brats_case(tmp_path / "HGG" / "BraTS19_X_1_1")
+    (tmp_path / link).symlink_to("HGG")
+    (subject,), problems = find_subjects(SHIPPED["brats2019"], tmp_path)
+    assert (subject.grade, problems) == ("HGG", [])

@@ -306,7 +306,9 @@ def test_replacing_a_store_of_other_modalities_hides_it_only_once_there_is_bette
     np.testing.assert_array_equal(whole.subjects[IDS[2]].read_image()[0], scan_of(IDS[2], "flair")[::-1, ::-1])
 
 
-@pytest.mark.parametrize("copy", ["incoming/HGG/{}", "__MACOSX/HGG/{}", ".Trash/{}", "@eaDir/{}"])
+@pytest.mark.parametrize(
+    "copy", ["incoming/HGG/{}", "__MACOSX/HGG/{}", ".Trash/{}", "@eaDir/{}", "@Recycle/{}", "found.000/{}"]
+)
 def test_a_stray_copy_that_lacks_sequences_costs_nothing(root, store, copy):
     """Further runs say the same: the good one is unchanged, the other is reported where it is no system's."""
     prepare(root, store)
@@ -397,7 +399,7 @@ def test_a_damaged_store_is_named_by_a_training_and_mended_by_a_preparation(root
     assert str(store) in str(error.value)
     assert name == "cohort.json" or IDS[1] in str(error.value)
     if (name, damage) == ("cohort.json", "folder"):  # somebody's, and no damage
-        with pytest.raises(UserError, match="Is a directory"):
+        with pytest.raises(UserError, match="found a folder, expected a store's table; move it away"):
             prepare(root, store)
         return
     report = prepare(root, store)
@@ -523,6 +525,25 @@ def test_a_table_that_becomes_unreadable_or_says_less_costs_no_grade(tmp_path, s
     assert (len(report.unchanged), len(report.rows)) == (2, 2)
     subjects = Store(store).subjects.values()
     assert [(s.grade, s.site) for s in subjects] == [("HGG", "X"), ("LGG", "X")]
+
+
+def test_what_systems_leave_in_a_store_is_nobodys(root, store):
+    prepare(root, store)
+    shutil.copytree(store / IDS[0], store / "@eaDir")
+    (store / IDS[0] / "Thumbs.db").write_bytes(b"x")
+    assert list(Store(store).subjects) == IDS
+    write_nifti(root / "HGG" / IDS[0] / f"{IDS[0]}_t1.nii.gz", scan(77))
+    assert prepare(root, store).prepared == [IDS[0]]
+
+
+def test_a_damaged_subject_that_is_nowhere_is_told_of_once(root, store):
+    prepare(root, store)
+    (store / IDS[0] / "subject.json").write_text("{")
+    shutil.rmtree(root / "HGG" / IDS[0])
+    (problem,) = prepare(root, store).problems
+    assert "(subject.json: found no JSON" in str(problem)
+    assert "expected ;" not in str(problem)
+    assert "no longer" not in str(problem)
 
 
 def test_a_store_of_another_cohort_is_refused_and_left_alone(root, store, tmp_path):
