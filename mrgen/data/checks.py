@@ -200,7 +200,7 @@ def _whole_numbers(array: np.ndarray, allowed: set[int], kind: str, message: str
     return np.rint(array).astype(np.uint8)
 
 
-def _in_digits(number: np.generic) -> str:
+def _in_digits(number: float) -> str:
     return f"{number:g}" if abs(number) > 1e9 else np.format_float_positional(number, trim="-")
 
 
