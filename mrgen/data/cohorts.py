@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mrgen.data.folders import Folders
+from mrgen.data.folders import Folders, in_any_case, reached_once
 from mrgen.data.layouts import FIELD_NAMES, Layout, read_layouts
 from mrgen.data.patterns import search
 from mrgen.data.subject_table import SubjectTable, read_tables
@@ -103,7 +103,7 @@ def find_subjects(
     table = SubjectTable()
     if layout.table and places:
         ids = {_raw_id(layout, folders, place, path) for place, path in places}
-        table = read_tables(layout, folders.find(root, _in_any_case(layout.table["files"])), ids)
+        table = read_tables(layout, folders.find(root, in_any_case(layout.table["files"])), ids)
     found = [_files_of(layout, folders, place, path, names, table) for place, path in places]
     subjects = [subject for subject, _ in found if subject is not None]
     problems = [problem for _, several in found for problem in several]
@@ -122,13 +122,6 @@ def find_subjects(
     subjects, duplicates = _without_duplicates(subjects)
     subjects, copies = _without_copies(subjects)
     return sorted(subjects, key=lambda s: s.id), problems + duplicates + copies
-
-
-def _in_any_case(pattern: str) -> str:
-    """A glob whose last part means files however their names are capitalised."""
-    start, slash, name = pattern.rpartition("/")
-    either = (f"[{c.lower()}{c.upper()}]" if c.isalpha() else c for c in name)
-    return start + slash + (name if "[" in name else "".join(either))
 
 
 def recognise_layouts(root: Path | str, known_layouts: Mapping[str, Layout]) -> dict[str, int]:
@@ -170,20 +163,10 @@ def _places(layout: Layout, folders: Folders) -> list[tuple[str, Path]]:
         kept = [p for p in paths if p not in wraps or _has_image(layout, folders, p)]
         inner = {p for p in kept if not wraps.isdisjoint(p.parents) and not set(kept).isdisjoint(p.parents)}
         kept = [p for p in kept if p not in inner and (not parents or _has_image(layout, folders, p))]
-        kept = _once(kept, folders.root)
+        kept = reached_once(kept, folders.root)
         if kept:
             return [("/".join((*parents, p.relative_to(folders.root).as_posix())).removesuffix("/."), p) for p in kept]
     return []
-
-
-def _once(paths: list[Path], root: Path) -> list[Path]:
-    """Without the ways through a link (`latest` to `HGG`) to what is there under the same name anyway."""
-    ways: dict[tuple[Path, str], Path] = {}
-    for path in paths:
-        place = path.resolve()
-        direct = root.resolve() / path.relative_to(root) == place
-        ways[place, path.name] = path if direct else ways.get((place, path.name), path)
-    return sorted(ways.values())
 
 
 def _matched(folders: Folders, pattern: str, parents: Sequence[str]) -> list[Path]:

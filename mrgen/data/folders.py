@@ -47,6 +47,23 @@ def is_of_system(name: str) -> bool:
     return name.startswith(".") or name.casefold() in _SYSTEM | _SYSTEM_FILES or bool(_REPAIRED.fullmatch(name))
 
 
+def in_any_case(pattern: str) -> str:
+    """A glob whose last part means files however their names are capitalised."""
+    start, slash, name = pattern.rpartition("/")
+    either = (f"[{c.lower()}{c.upper()}]" if c.isalpha() else c for c in name)
+    return start + slash + (name if "[" in name else "".join(either))
+
+
+def reached_once(paths: Sequence[Path], root: Path) -> list[Path]:
+    """Without the ways through a link (`latest` to `HGG`) to what is there under the same name anyway."""
+    ways: dict[tuple[Path, str], Path] = {}
+    for path in paths:
+        place = path.resolve()
+        direct = root.resolve() / path.relative_to(root) == place
+        ways[place, path.name] = path if direct else ways.get((place, path.name), path)
+    return sorted(ways.values())
+
+
 class Folders:
     """The folders below one root, listed lazily and remembered.
 

@@ -93,7 +93,7 @@ def prepare_cohort(
         before = look(store, layout, modalities, ids, prune=prune, verify=verify, workers=workers)
         if before.cohort is not None:
             report.mended["the cohort's table"] = before.cohort
-        todo = waiting(report, subjects, before, root, prune=prune)
+        todo = waiting(report, subjects, before, root, layout, prune=prune)
         task = _Task(layout, root, store, cohort_table(layout, modalities))
         while before.replaces and todo and not report.prepared:  # what can be seen is hidden once there is better
             _run(report, [todo.pop(0)], task, workers, progress)

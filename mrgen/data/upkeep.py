@@ -28,6 +28,7 @@ class Before:
     Attributes:
         tables: by id, the `subject.json` of subjects that are whole.
         damaged: by id, what was found of the others.
+        known: by id, the `subject.json` that can be read, of damaged ones as well.
         cohort: what was found where `cohort.json` was damaged, else None.
         unchecked: ids of the whole ones that are to be verified and have no checksums.
         digest, modalities: settings of the preparation that is to come, and its sequences.
@@ -36,6 +37,7 @@ class Before:
 
     tables: dict[str, dict[str, Any]]
     damaged: dict[str, str]
+    known: dict[str, dict[str, Any]]
     cohort: str | None
     digest: str
     modalities: list[str]
@@ -101,10 +103,11 @@ def look(
 
     with ThreadPoolExecutor(threads) as pool:  # checksums let go of the interpreter's lock
         results = dict(zip(tables, pool.map(damage, tables), strict=True))
+    known = tables
     damaged |= {id: why for id, why in results.items() if why is not None}
     tables = {id: table for id, table in tables.items() if id not in damaged}
     unchecked = frozenset(id for id, table in tables.items() if verify and not table.get("checksums"))
-    return Before(tables, damaged, found, digest, list(modalities), replaces, unchecked)
+    return Before(tables, damaged, known, found, digest, list(modalities), replaces, unchecked)
 
 
 def _other_settings(
@@ -200,8 +203,18 @@ def _size_and_change(path: Path) -> tuple[int | None, int | None]:
     return stat.st_size, stat.st_mtime_ns
 
 
+def _completed(files: SubjectFiles, known: Mapping[str, Any], layout: Layout, *, prune: bool) -> SubjectFiles:
+    """What the store knows of a subject and nothing says any more: a table may have lost it, or a folder its name."""
+    told = {"patient": None if files.patient == files.raw_id else files.patient, "grade": files.grade}
+    told["site"] = files.site
+    lost = [name for name, value in told.items() if value is None and known[name] is not None]
+    by_table = [name for name in lost if "column" in layout.fields.get(name, {})]
+    kept = by_table if prune else [name for name in lost if name in by_table or name != "patient"]
+    return replace(files, **{name: known[name] for name in kept})
+
+
 def waiting(
-    report: Report, subjects: Sequence[SubjectFiles], before: Before, root: Path, *, prune: bool
+    report: Report, subjects: Sequence[SubjectFiles], before: Before, root: Path, layout: Layout, *, prune: bool
 ) -> list[SubjectFiles]:
     """Who is to be prepared; the others get their rows. A label that the store has is let go with `prune` alone."""
     assert report.store is not None
@@ -210,12 +223,10 @@ def waiting(
         table = before.tables.get(files.id)
         if files.id in before.damaged:
             report.mended[files.id] = before.damaged[files.id]
-        if table is not None:  # what is no longer said of them, by a table for example, is still known
-            patient = table["patient"] if files.patient == files.raw_id else files.patient
-            files = replace(
-                files, patient=patient, grade=files.grade or table["grade"], site=files.site or table["site"]
-            )
-        had_label = (report.store / files.id / LABEL).is_file() if table is None else table["label_counts"] is not None
+        known = before.known.get(files.id)
+        if known is not None:
+            files = _completed(files, known, layout, prune=prune)
+        had_label = (report.store / files.id / LABEL).is_file() if known is None else known["label_counts"] is not None
         loses_label = had_label and files.label is None
         source = fingerprint(files, root)
         same = table is not None and before.is_good(files.id) and table["source"] == source

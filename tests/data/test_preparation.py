@@ -125,6 +125,15 @@ def test_a_damaged_subject_whose_label_vanished_keeps_the_stored_one(root, store
     assert (store / IDS[0] / "label.npy").stat().st_size > 0
 
 
+def test_a_grade_that_no_folder_says_any_more_stays_until_it_is_pruned(root, store):
+    prepare(root, store)
+    (root / "HGG").rename(root / "all")
+    assert prepare(root, store).exit_code == 0
+    assert {subject.grade for subject in Store(store).subjects.values()} == {"HGG"}
+    prepare(root, store, prune=True)
+    assert {subject.grade for subject in Store(store).subjects.values()} == {None}
+
+
 def test_a_cohort_that_was_moved_is_unchanged(root, store, tmp_path):
     prepare(root, store)
     root.rename(tmp_path / "elsewhere")
@@ -525,6 +534,9 @@ def test_a_table_that_becomes_unreadable_or_says_less_costs_no_grade(tmp_path, s
     assert (len(report.unchanged), len(report.rows)) == (2, 2)
     subjects = Store(store).subjects.values()
     assert [(s.grade, s.site) for s in subjects] == [("HGG", "X"), ("LGG", "X")]
+    (store / "BraTS20_Training_001" / "image.npy").write_bytes(b"")
+    assert prepare(root, store, "brats2020", prune=True).prepared == ["BraTS20_Training_001"]
+    assert Store(store).subjects["BraTS20_Training_001"].grade == "HGG"
 
 
 def test_what_systems_leave_in_a_store_is_nobodys(root, store):
