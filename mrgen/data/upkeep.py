@@ -240,7 +240,7 @@ def waiting(
             message = (
                 "found no label, expected one, as the store has; restore it, or let the store's go with prune=true"
             )
-            report.rows.append(row_of(files, None, None, "bad"))
+            report.rows.append(replace(row_of(files, None, None, "bad"), labelled=True))  # the store's
             report.problems.append(Problem(files.id, str(files.folder), message, "missing label"))
         else:
             if loses_label:

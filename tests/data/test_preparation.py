@@ -108,6 +108,7 @@ def test_a_label_or_a_grade_that_changes_counts_as_change(root, store, change):
         report = prepare(root, store)
         assert (report.kept, report.exit_code) == ([IDS[0]], 1)
         assert "found no label, expected one, as the store has" in str(report.problems[0])
+        assert "unlabelled" not in report.summary
         assert Store(store).subjects[IDS[0]].labelled
     report = prepare(root, store, prune=change == "label goes")
     assert report.prepared == [IDS[0]]
