@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,10 @@ def _check(files: SubjectFiles, layout: Layout) -> tuple[LoadedSubject | None, l
                 f"found an affine up to {shift:.3g} voxels off, expected that of {reference[0].name}; "
                 "bring them onto one grid",
             )
+    for (name, array), (other, same) in combinations(volumes.items(), 2):
+        if np.array_equal(array, same):
+            message = f"found the same voxels in {name} and {other}, expected two scans; restore the one meant"
+            blame(files.images[other], "same voxels in two sequences", f"{message}, or mend the layout's patterns")
     if problems or reference is None:
         return None, problems
     affine, original_shape = reference[2], reference[1]
@@ -190,9 +195,13 @@ def _whole_numbers(array: np.ndarray, allowed: set[int], kind: str, message: str
     good = (np.abs(values - whole) <= LABEL_ROUNDING) & np.isin(whole, list(allowed))  # NaN is near nothing
     if not good.all():
         bad = [(v, n) for v, n in zip(values[~good], counts[~good].tolist(), strict=True)]
-        found = [f"{np.format_float_positional(v, trim='-')} ({n} voxel{'s' * (n != 1)})" for v, n in bad[:4]]
+        found = [f"{_in_digits(v)} ({n} voxel{'s' * (n != 1)})" for v, n in bad[:4]]
         raise BadFileError(kind, "found " + message.format(found=", ".join(found) + ", …" * (len(bad) > 4)))
     return np.rint(array).astype(np.uint8)
+
+
+def _in_digits(number: float) -> str:
+    return f"{number:g}" if abs(number) > 1e9 else np.format_float_positional(number, trim="-")
 
 
 def _canonical(affine: np.ndarray, shape: tuple[int, ...]):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mrgen.data.folders import Folders
+from mrgen.data.folders import Folders, in_any_case, reached_once
 from mrgen.data.layouts import FIELD_NAMES, Layout, read_layouts
 from mrgen.data.patterns import search
 from mrgen.data.subject_table import SubjectTable, read_tables
@@ -15,6 +15,7 @@ from mrgen.errors import UserError
 __all__ = ["Layout", "Problem", "SubjectFiles", "find_subjects", "read_layouts", "recognise_layouts"]
 
 RESERVED_IDS = ("cohort.json", "generated.json")  # files of a store, beside its subjects
+_GRADES = {"hgg": "HGG", "lgg": "LGG"}  # in tables they are typed by hand
 LONGEST_ID = 200  # bytes; a name has 255, of which the store adds some while it writes
 
 
@@ -81,10 +82,11 @@ def find_subjects(
     Returns:
         The subjects that have everything, sorted by id, and one problem for each file or folder that is missing,
         ambiguous or unreadable. A folder with a problem makes no subject; one without a label does. A second copy
-        that lacks something is a problem beside the subject that has everything.
+        that lacks something is a problem beside the subject that has everything. What a table of grades does not say
+        is a problem of the kind "note", which is none.
 
     Raises:
-        UserError: no such root, an unknown modality, or nothing below the root matches.
+        UserError: no such root, an unknown or repeated modality, or nothing below the root matches.
     """
     root = Path(root)
     if not root.is_dir():
@@ -93,13 +95,15 @@ def find_subjects(
         raise UserError(
             f"data.modalities: {layout.title} has no {', '.join(unknown)}; it has {', '.join(layout.images)}"
         )
+    if repeated := [m for m in dict.fromkeys(modalities or ()) if list(modalities or ()).count(m) > 1]:
+        raise UserError(f"data.modalities: found {', '.join(repeated)} more than once, expected each sequence once")
     folders = Folders(root, layout.exclude)
     names = list(modalities or layout.images)
     places = _places(layout, folders)
     table = SubjectTable()
     if layout.table and places:
         ids = {_raw_id(layout, folders, place, path) for place, path in places}
-        table = read_tables(layout, folders.find(root, layout.table["files"]), ids)
+        table = read_tables(layout, folders.find(root, in_any_case(layout.table["files"])), ids)
     found = [_files_of(layout, folders, place, path, names, table) for place, path in places]
     subjects = [subject for subject, _ in found if subject is not None]
     problems = [problem for _, several in found for problem in several]
@@ -111,8 +115,9 @@ def find_subjects(
         for path, why in folders.unreadable.items()
         if path not in broken
     ]
-    problems += [Problem("table", str(path), what, "table", of_subject=False) for path, what in table.problems.items()]
-    if not subjects and not problems:
+    for kind, lines in (("table", table.problems), ("note", table.notes)):
+        problems += [Problem("table", str(path), what, kind, of_subject=False) for path, what in lines.items()]
+    if not subjects and all(problem.kind == "note" for problem in problems):
         raise UserError(_nothing_matches(layout, root, known_layouts or {}))
     subjects, duplicates = _without_duplicates(subjects)
     subjects, copies = _without_copies(subjects)
@@ -158,6 +163,7 @@ def _places(layout: Layout, folders: Folders) -> list[tuple[str, Path]]:
         kept = [p for p in paths if p not in wraps or _has_image(layout, folders, p)]
         inner = {p for p in kept if not wraps.isdisjoint(p.parents) and not set(kept).isdisjoint(p.parents)}
         kept = [p for p in kept if p not in inner and (not parents or _has_image(layout, folders, p))]
+        kept = reached_once(kept, folders.root)
         if kept:
             return [("/".join((*parents, p.relative_to(folders.root).as_posix())).removesuffix("/."), p) for p in kept]
     return []
@@ -218,7 +224,7 @@ def _files_of(
     return SubjectFiles(
         id=subject,
         patient=(values["patient"] or raw_id).replace("/", "_"),
-        grade=values["grade"],
+        grade=_GRADES.get((values["grade"] or "").casefold(), values["grade"]),
         site=values["site"],
         folder=folder,
         images=images,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from pytorch_lightning import LightningDataModule
+from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader
 
@@ -100,6 +101,9 @@ class CohortDataModule(LightningDataModule):
                 f"{self.store.path}: holds no prepared subject{hidden}; run mrgen-prepare with the same data=… and "
                 "look at what it says"
             )
+        if self.store.hidden:
+            left_out = f"{self.store.path}: {self.store.hidden} prepared subjects of other settings are left out"
+            rank_zero_only(print)(f"{left_out}; mrgen-prepare with the same data=… prepares them anew", flush=True)
         if not subjects:
             raise UserError(
                 f"{self.store.path}: none of {len(self.store.subjects)} subjects has a label, which training needs; "

@@ -11,7 +11,11 @@ from pathlib import Path
 _MAGIC = re.compile(r"[*?\[]")
 # What systems leave beside people's files: macOS's archives, Synology's and Windows's folders, a disk's repair shop.
 _SYSTEM = {"__macosx", "@eadir", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "lost+found"}
+_SYSTEM |= {"@recycle", "@tmp", "@recently-snapshot", "~snapshot", "recycler"}
 _SYSTEM_FILES = {"thumbs.db", "desktop.ini", "icon\r"}
+_REPAIRED = re.compile(r"found\.[0-9]{3}", re.IGNORECASE)  # where Windows puts what it found
+# What downloads and editors append to a name while, or after, a file is not the one meant.
+_UNFINISHED = re.compile(r".*(\.(part|partial|filepart|crdownload|download|tmp|temp|bak|old|orig)|~)", re.IGNORECASE)
 _KNOWN_SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr")
 
 
@@ -38,8 +42,26 @@ def _matches(names: tuple[str, ...], segments: tuple[str, ...]) -> bool:
     return bool(names) and bool(_segment(segments[0]).match(names[0])) and _matches(names[1:], segments[1:])
 
 
-def _is_of_system(name: str) -> bool:
-    return name.startswith(".") or name.casefold() in _SYSTEM or name.casefold() in _SYSTEM_FILES
+def is_of_system(name: str) -> bool:
+    """Whether a name is hidden, or one that systems give to what they leave behind."""
+    return name.startswith(".") or name.casefold() in _SYSTEM | _SYSTEM_FILES or bool(_REPAIRED.fullmatch(name))
+
+
+def in_any_case(pattern: str) -> str:
+    """A glob whose last part means files however their names are capitalised."""
+    start, slash, name = pattern.rpartition("/")
+    either = (f"[{c.lower()}{c.upper()}]" if c.isalpha() else c for c in name)
+    return start + slash + (name if "[" in name else "".join(either))
+
+
+def reached_once(paths: Sequence[Path], root: Path) -> list[Path]:
+    """Without the ways through a link (`latest` to `HGG`) to what is there under the same name anyway."""
+    ways: dict[tuple[Path, str], Path] = {}
+    for path in paths:
+        place = path.resolve()
+        direct = root.resolve() / path.relative_to(root) == place
+        ways[place, path.name] = path if direct else ways.get((place, path.name), path)
+    return sorted(ways.values())
 
 
 class Folders:
@@ -69,7 +91,7 @@ class Folders:
             try:
                 with os.scandir(folder) as entries:
                     for entry in entries:
-                        if _is_of_system(entry.name):
+                        if is_of_system(entry.name):
                             continue
                         names.append(entry.name)
                         # Path.is_dir and not entry.is_dir, which raises over a link that leads to itself
@@ -110,8 +132,9 @@ class Folders:
         """The image files that a pattern means, relative to `base`, or to the root when it starts with `/`.
 
         Where it names a folder, the same last part is looked for inside: BraTS 2015 nests `…MR_T1.1/…MR_T1.1.mha`, and
-        some copies wrap `…_t1.nii` in a folder called `…_t1.nii`. Text files beside an image do not count. A folder
-        with an image's name and none inside stands for itself: whoever reads it says what is wrong.
+        some copies wrap `…_t1.nii` in a folder called `…_t1.nii`. Text files beside an image do not count, nor halves
+        of a download and an editor's copies. A folder with an image's name and none inside stands for itself: whoever
+        reads it says what is wrong.
         """
         base, pattern = (self.root, pattern.lstrip("/")) if pattern.startswith("/") else (base, pattern)
         files: list[Path] = []
@@ -122,6 +145,7 @@ class Folders:
             inside = self.find(path, pattern.rsplit("/", 1)[-1])
             inside = [file for file in inside if file.name not in self.listing(file.parent)[1]]
             files.extend(inside or [path] * path.name.lower().endswith(_KNOWN_SUFFIXES))
+        files = [path for path in files if not _UNFINISHED.fullmatch(path.name)]
         return [path for path in files if path.name.lower().endswith(_KNOWN_SUFFIXES)] or files
 
     def _find(self, folder: Path, segments: tuple[str, ...]) -> Iterator[Path]:

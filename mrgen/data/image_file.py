@@ -87,6 +87,7 @@ def beside(path: Path, name: str) -> Path:
         raise BadFileError(
             "voxels in other files", f"found voxels in several files ({name!r}), expected one; join them"
         )
+    name = name.removeprefix("./")
     if not name or name != Path(name).name or name in (".", "..") or "\\" in name or "\0" in name:
         message = f"found voxels in {name!r}, expected a file in the header's own folder; move it there"
         raise BadFileError("voxels in other files", message)

@@ -22,6 +22,10 @@ def bounding_box(brain: np.ndarray) -> list[list[int]]:
     return box
 
 
+_OF_BRAIN = ("min", "max", "mean", "std", "p0_5", "q1", "q3", "p99_5", "clipped_mean", "clipped_std")
+STATISTICS = (*_OF_BRAIN, "volume_min", "volume_max")
+
+
 def statistics(volume: np.ndarray, brain: np.ndarray) -> dict[str, float]:
     """What a normalisation needs of one sequence, see `StoredSubject.statistics`.
 

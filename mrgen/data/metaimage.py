@@ -21,7 +21,7 @@ TYPES = {
 } | {"MET_FLOAT": np.dtype("f4"), "MET_DOUBLE": np.dtype("f8")}
 SYNONYMS = {"Position": "Offset", "Origin": "Offset", "Orientation": "TransformMatrix", "Rotation": "TransformMatrix"}
 SYNONYMS["ElementByteOrderMSB"] = "BinaryDataByteOrderMSB"
-NEEDED = ("ObjectType", "NDims", "DimSize", "ElementType", "ElementSpacing", "TransformMatrix", "Offset", "BinaryData")
+NEEDED = ("NDims", "DimSize", "ElementType", "ElementSpacing", "TransformMatrix", "Offset")
 USED = (*NEEDED, "BinaryDataByteOrderMSB", "CompressedData", "CompressedDataSize", "DistanceUnits", "ElementDataFile")
 # Fields that change what the voxels mean, with the only values that are followed. Others are remarks: ITK writes all
 # that it knows of a scan's origin there, in any words.
@@ -147,13 +147,14 @@ def _affine(fields: dict[str, str]) -> tuple[np.ndarray, tuple[str, ...]]:
 def _contradiction(code: str, axes: np.ndarray) -> str | None:
     """A line where the orientation in letters is not that of the matrix, which ITK reads alone.
 
-    Some writers put RAI whatever the matrix is. Other letters were meant, so that one of the two is damaged.
+    The letters say where an axis comes from or, of other writers, where it leads. Some put RAI whatever the matrix is.
+    Other letters were meant, so that one of the two is damaged.
     """
     main = np.abs(axes).argmax(axis=0)
     if set(code) - set("RLAPIS") or np.abs(axes).max(axis=0).min() < 0.8:
         return None
     from_ = "".join(("RL", "AP", "IS")[world][int(axes[world, axis] < 0)] for axis, world in enumerate(main))
-    if code == from_:
+    if code == from_ or (code != "RAI" and code == from_.translate(str.maketrans("RLAPIS", "LRPASI"))):
         return None
     found = f"found AnatomicalOrientation = {code}, but the TransformMatrix says {from_}"
     if code != "RAI":

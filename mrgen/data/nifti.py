@@ -47,11 +47,11 @@ def read_nifti(path: Path) -> Volume:
     with opened(path) as file, _unpacked(file) as (stream, packed):
         start = stream.read(LARGEST_HEADER)
         header = _header(start)
-        shape, dtype, offset = _shape(header), _dtype(header), _offset(header)
+        (shape, dropped), dtype, offset = _shape(header), _dtype(header), _offset(header)
         needed = offset + int(np.prod(shape, dtype=object)) * dtype.itemsize
         check_size(shape, needed)
         affine, notes = _affine(header, shape)
-        slope, inter = _scaling(header)
+        slope, inter, unscaled = _scaling(header)
         size = _size(file)
         if not packed and size != needed:
             raise wrong_length("image", size, needed)
@@ -70,7 +70,7 @@ def read_nifti(path: Path) -> Volume:
         from nibabel.volumeutils import apply_read_scaling
 
         array = apply_read_scaling(array, slope, inter)
-    return Volume(array, affine, notes)
+    return Volume(array, affine, (*dropped, *notes, *unscaled))
 
 
 @np.errstate(all="ignore")
@@ -83,7 +83,7 @@ def nifti_header(path: Path) -> Any:
     try:
         with opened(path) as file, _unpacked(file) as (stream, _):
             header = _header(stream.read(LARGEST_HEADER))
-        affine, notes = _affine(header, _shape(header))
+        affine, notes = _affine(header, _shape(header)[0])
     except BadFileError:
         return None
     if not all(text.startswith((NO_UNIT, TWO_SPACES)) for text in notes):
@@ -149,14 +149,15 @@ def _unusable(why: str) -> BadFileError:
     return BadFileError("not an image", f"found a NIfTI header that cannot be used ({why}); {AGAIN}")
 
 
-def _shape(header: Any) -> tuple[int, ...]:
+def _shape(header: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """(X, Y, Z), and a line where further axes of one step were dropped."""
     n, sides = int(header["dim"][0]), [int(side) for side in header["dim"][1:]]
     if not 1 <= n <= 7:
         raise _unusable(f"{n} dimensions")
-    if n != 3:
-        size = "×".join(map(str, sides[:n]))
+    size = "×".join(map(str, sides[:n]))
+    if n < 3 or any(side != 1 for side in sides[3:n]):
         raise BadFileError("not 3D", f"found {n} dimensions ({size}), expected a 3D volume; save the one meant")
-    return tuple(sides[:3])
+    return tuple(sides[:3]), (f"found {n} dimensions ({size}); took the first three",) * (n > 3)
 
 
 def _dtype(header: Any) -> np.dtype:
@@ -181,11 +182,20 @@ def _offset(header: Any) -> int:
     return int(offset)
 
 
-def _scaling(header: Any) -> tuple[float, float]:
+def _scaling(header: Any) -> tuple[float, float, tuple[str, ...]]:
+    """Slope and intercept, and a line where there are none although an intercept, or no number, was written."""
     slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
-    if not np.isfinite([slope, inter]).all() or (slope == 0 and inter != 0):
-        raise _unusable(f"intensities are {slope:g} times the voxels plus {inter:g}")
-    return (slope, inter) if slope else (1.0, 0.0)  # 0 means that there is none
+    none = slope == 0 or np.isnan(slope)  # as the format and nibabel have it
+    said = f"intensities are {slope:g} times the voxels plus {inter:g}"
+    if np.isinf([slope, inter]).any() or (np.isnan(inter) and not none):
+        raise _unusable(said)
+    if none:
+        return (
+            1.0,
+            0.0,
+            () if slope == inter == 0 else (f"found a header in which {said}; took the voxels as they are",),
+        )
+    return slope, inter, ()
 
 
 def _affine(header: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, tuple[str, ...]]:

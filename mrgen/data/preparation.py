@@ -77,21 +77,23 @@ def prepare_cohort(
     """
     modalities = list(modalities or layout.images)
     subjects, problems = find_subjects(layout, root, modalities, known_layouts=known_layouts)
+    notes = [problem for problem in problems if problem.kind == "note"]
+    problems = [problem for problem in problems if problem.kind != "note"]
     if check:
-        report = Report(layout.title, None, strict, problems=problems)
+        report = Report(layout.title, None, strict, problems=problems, notes=notes)
         _run(report, subjects, _Task(layout, Path(root), None), workers, progress)
         refuse_twins(report, [Scan(row.id, row.voxels, {}) for row in report.rows if row.status == "good"])
         return finished(report)
     if store is None:
         raise UserError("data.store is not set; expected a folder for the prepared cohort")
     store, root = Path(store), Path(root)
-    report = Report(layout.title, store, strict, problems=problems)
+    report = Report(layout.title, store, strict, problems=problems, notes=notes)
     with sole_writer(store):
         ids = {files.id for files in subjects} | {problem.subject for problem in problems}
         before = look(store, layout, modalities, ids, prune=prune, verify=verify, workers=workers)
         if before.cohort is not None:
             report.mended["the cohort's table"] = before.cohort
-        todo = waiting(report, subjects, before, root)
+        todo = waiting(report, subjects, before, root, layout, prune=prune)
         task = _Task(layout, root, store, cohort_table(layout, modalities))
         while before.replaces and todo and not report.prepared:  # what can be seen is hidden once there is better
             _run(report, [todo.pop(0)], task, workers, progress)

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from mrgen.data.folders import is_of_system
+from mrgen.data.measures import STATISTICS
 from mrgen.data.stored_subject import BRAIN, IMAGE, LABEL, STRUCTURE
 from mrgen.errors import UserError
 from mrgen.files import open_to_read, read_json
@@ -44,11 +47,13 @@ def read_cohort(store: Path | str) -> dict[str, Any] | None:
 
     Raises:
         DamagedError: it cannot be read.
-        UserError: its version is another.
+        UserError: its version is another, or it is a folder.
     """
     path = Path(store) / COHORT
     if not os.path.lexists(path):
         return None
+    if path.is_dir() and not path.is_symlink():  # somebody's; no preparation would replace it
+        raise UserError(f"{path}: found a folder, expected a store's table; move it away and run mrgen-prepare")
     remedy = "mrgen-prepare with the same data=… writes it anew; a synthetic cohort is generated anew"
     try:
         cohort = read_json(path, expected="a store's table", remedy=remedy)
@@ -84,7 +89,7 @@ def scan_subjects(store: Path | str) -> tuple[dict[str, dict[str, Any]], dict[st
     damaged: dict[str, str] = {}
     try:
         with os.scandir(store) as entries:
-            names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
+            names = sorted(entry.name for entry in entries if not is_of_system(entry.name))
     except OSError as error:
         raise UserError(f"data.store={store}: cannot be read ({error.strerror}); expected a prepared store") from error
     for name in names:
@@ -98,7 +103,8 @@ def scan_subjects(store: Path | str) -> tuple[dict[str, dict[str, Any]], dict[st
         try:
             table = read_json(folder / SUBJECT, expected="", remedy="")
         except UserError as error:
-            damaged[name] = f"{SUBJECT}: " + str(error).removeprefix(f"{folder / SUBJECT}: ").split(", expected")[0]
+            found = re.split("[,;] expected", str(error).removeprefix(f"{folder / SUBJECT}: "))[0]
+            damaged[name] = f"{SUBJECT}: {found}"
             continue
         if (wrong := _wrong(table, name)) is None:
             tables[name] = table
@@ -149,7 +155,16 @@ def _is_box(value: Any) -> bool:
 
 def _are_statistics(value: Any) -> bool:
     return isinstance(value, dict) and all(
-        isinstance(named, dict) and named and all(map(_is_number, named.values())) for named in value.values()
+        isinstance(named, dict) and set(STATISTICS) <= named.keys() and all(map(_is_number, named.values()))
+        for named in value.values()
+    )
+
+
+def _are_checksums(value: Any) -> bool:
+    """A text by file, and for the image one by sequence."""
+    return isinstance(value, dict) and all(
+        isinstance(of, dict) and all(map(_is_text, of.values())) if name == IMAGE else _is_text(of)
+        for name, of in value.items()
     )
 
 
@@ -200,7 +215,11 @@ def _wrong(table: Any, name: str) -> str | None:
         return "statistics of other sequences"
     if any(b > n for (_, b), n in zip(table["brain_box"], table["shape"], strict=True)):
         return f"brain_box: {table['brain_box']} in a volume of {table['shape']}"
-    return None if isinstance(table.get("checksums", {}), dict) else f"checksums: {table['checksums']!r:.80}"
+    if not _are_checksums(table.get("checksums", {})):
+        return f"checksums: {table['checksums']!r:.80}"
+    if "checksum" in table and table["checksum"] != table_checksum(table):
+        return "other values than were written"
+    return None
 
 
 # ----- arrays ---------------------------------------------------------------------------------------------------------
@@ -239,7 +258,8 @@ def find_damage(folder: Path, table: Mapping[str, Any], *, contents: bool = Fals
     Args:
         folder: the subject's.
         table: its `subject.json`, of `scan_subjects`.
-        contents: whether to read every voxel and compare checksums; else types, shapes and sizes alone.
+        contents: whether to read every voxel and compare checksums, where there are some; else types, shapes and sizes
+            alone.
     """
     shape = tuple(table["shape"])
     recorded = table.get("checksums", {})
@@ -260,12 +280,8 @@ def find_damage(folder: Path, table: Mapping[str, Any], *, contents: bool = Fals
             return f"{name}: no array ({' '.join(str(error).split())[:80]})"
     if not contents:
         return None
-    if "checksum" in table and table["checksum"] != table_checksum(table):
-        return f"{SUBJECT}: other values than were written"
-    if not recorded:
-        return "prepared before checksums were recorded"
     for name, now in checksums(arrays, table["modalities"]).items():
-        if recorded.get(name) != now:
+        if recorded and recorded.get(name) != now:
             return f"{name}: other voxels than were prepared"
     return None
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from mrgen.data.cohorts import Problem, SubjectFiles
+from mrgen.data.folders import is_of_system
 from mrgen.data.identity import Scan, twins
 from mrgen.data.layouts import Layout
 from mrgen.data.reading import files_of
 from mrgen.data.report import Report, Row, row_of
 from mrgen.data.store import remove_leftovers, remove_subject, settings_digest
+from mrgen.data.stored_subject import LABEL
 from mrgen.data.stored_tables import FILES, DamagedError, find_damage, read_cohort, scan_subjects
 from mrgen.errors import UserError
 
@@ -26,20 +28,26 @@ class Before:
     Attributes:
         tables: by id, the `subject.json` of subjects that are whole.
         damaged: by id, what was found of the others.
+        known: by id, the `subject.json` that can be read, of damaged ones as well.
         cohort: what was found where `cohort.json` was damaged, else None.
-        digest: settings of the preparation that is to come.
+        unchecked: ids of the whole ones that are to be verified and have no checksums.
+        digest, modalities: settings of the preparation that is to come, and its sequences.
         replaces: whether those that can be seen now will be replaced by subjects of other settings.
     """
 
     tables: dict[str, dict[str, Any]]
     damaged: dict[str, str]
+    known: dict[str, dict[str, Any]]
     cohort: str | None
     digest: str
+    modalities: list[str]
     replaces: bool
+    unchecked: frozenset[str] = frozenset()
 
     def is_good(self, id: str) -> bool:
-        """Whether the store has the subject, whole and with the present settings."""
-        return id in self.tables and self.tables[id]["settings"] == self.digest
+        """Whether the store has the subject, whole, with the present settings and their sequences in order."""
+        table = self.tables.get(id, {})
+        return table.get("settings") == self.digest and table["modalities"] == self.modalities
 
 
 def look(
@@ -95,9 +103,11 @@ def look(
 
     with ThreadPoolExecutor(threads) as pool:  # checksums let go of the interpreter's lock
         results = dict(zip(tables, pool.map(damage, tables), strict=True))
+    known = tables
     damaged |= {id: why for id, why in results.items() if why is not None}
     tables = {id: table for id, table in tables.items() if id not in damaged}
-    return Before(tables, damaged, found, digest, replaces)
+    unchecked = frozenset(id for id, table in tables.items() if verify and not table.get("checksums"))
+    return Before(tables, damaged, known, found, digest, list(modalities), replaces, unchecked)
 
 
 def _other_settings(
@@ -121,27 +131,49 @@ def _other_settings(
     )
 
 
-def _source_is_gone(table: Mapping[str, Any], root: Path, taken: Mapping[Path, str]) -> bool:
+def _places(table: Mapping[str, Any], root: Path) -> list[tuple[Path, bool]]:
+    """Where a subject's files lay below the root, and whether they are the same still, there or above.
+
+    The root may have been the cohort's folder and now be that of a grade or a site, or one more below.
+    """
+    files = table["source"].get("files")
+    found = []
+    for place in files.values() if isinstance(files, dict) else ():
+        try:
+            name, size, changed = place
+            same = any(_size_and_change(base / name) == (size, changed) for base in (root, *_above(root)))
+            found.append((root / name, same))
+        except (TypeError, ValueError):
+            return []  # not made by a preparation
+    return found
+
+
+def _above(root: Path) -> Sequence[Path]:
+    return list(root.resolve().parents)[:2]
+
+
+def _source_is_gone(table: Mapping[str, Any], root: Path, taken: Mapping[Path, str], *, known_root: bool) -> bool:
     """Whether what a subject was made from is no longer there, or is another file now.
 
     Args:
         table: its `subject.json`.
         root: of the cohort.
         taken: by file, whose it is now: where it has become another subject's, this one is gone.
+        known_root: whether the root is that of the preparation; below another nothing is missing.
     """
-    files = table["source"].get("files")
-    if not isinstance(files, dict) or not files:
-        return False  # not made by a preparation
-    for place in files.values():
+    for path, same in _places(table, root):
+        if taken.get(path, table["id"]) != table["id"]:
+            return True
         try:
-            name, size, changed = place
-            stat = (root / name).stat()
+            path.stat()
         except (FileNotFoundError, NotADirectoryError):
-            return True
-        except (OSError, TypeError, ValueError):
+            if known_root and not same:
+                return True
+        except (OSError, ValueError):
             return False  # cannot be told
-        if (stat.st_size, stat.st_mtime_ns) != (size, changed) or taken.get(root / name, table["id"]) != table["id"]:
-            return True
+        else:
+            if not same:
+                return True
     return False
 
 
@@ -149,7 +181,7 @@ def _is_occupied(folder: Path) -> bool:
     """Whether somebody's own files lie where a subject would be written, and would be lost."""
     if folder.is_symlink() or not folder.exists():
         return False
-    return not folder.is_dir() or any(name not in FILES and not name.startswith(".") for name in os.listdir(folder))
+    return not folder.is_dir() or any(name not in FILES and not is_of_system(name) for name in os.listdir(folder))
 
 
 def fingerprint(files: SubjectFiles, root: Path) -> dict[str, Any]:
@@ -171,27 +203,49 @@ def _size_and_change(path: Path) -> tuple[int | None, int | None]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def waiting(report: Report, subjects: Sequence[SubjectFiles], before: Before, root: Path) -> list[SubjectFiles]:
-    """Who is to be prepared; the others get their rows."""
+def _completed(files: SubjectFiles, known: Mapping[str, Any], layout: Layout, *, prune: bool) -> SubjectFiles:
+    """What the store knows of a subject and nothing says any more: a table may have lost it, or a folder its name."""
+    told = {"patient": None if files.patient == files.raw_id else files.patient, "grade": files.grade}
+    told["site"] = files.site
+    lost = [name for name, value in told.items() if value is None and known[name] is not None]
+    by_table = [name for name in lost if "column" in layout.fields.get(name, {})]
+    kept = by_table if prune else [name for name in lost if name in by_table or name != "patient"]
+    return replace(files, **{name: known[name] for name in kept})
+
+
+def waiting(
+    report: Report, subjects: Sequence[SubjectFiles], before: Before, root: Path, layout: Layout, *, prune: bool
+) -> list[SubjectFiles]:
+    """Who is to be prepared; the others get their rows. A label that the store has is let go with `prune` alone."""
     assert report.store is not None
     todo = []
-    no_table = any(problem.kind == "table" for problem in report.problems)
     for files in subjects:
         table = before.tables.get(files.id)
         if files.id in before.damaged:
             report.mended[files.id] = before.damaged[files.id]
-        if table is not None and no_table:  # what an unreadable table said of them is still known
-            fields = table["source"].get("fields")
-            if isinstance(fields, list) and len(fields) == 3:
-                files = replace(files, patient=fields[0], grade=fields[1], site=fields[2])
+        known = before.known.get(files.id)
+        if known is not None:
+            files = _completed(files, known, layout, prune=prune)
+        had_label = (report.store / files.id / LABEL).is_file() if known is None else known["label_counts"] is not None
+        loses_label = had_label and files.label is None
         source = fingerprint(files, root)
-        if table is not None and before.is_good(files.id) and table["source"] == source:
+        same = table is not None and before.is_good(files.id) and table["source"] == source
+        if table is not None and same and files.id not in before.unchecked:
             report.rows.append(row_of(files, table["shape"], table["spacing"], "unchanged"))
         elif _is_occupied(report.store / files.id):
             message = "found files that are not of a store, expected a prepared subject or nothing; move them away"
             report.rows.append(row_of(files, None, None, "bad"))
             report.problems.append(Problem(files.id, str(report.store / files.id), message, "foreign files"))
+        elif loses_label and not prune:
+            message = (
+                "found no label, expected one, as the store has; restore it, or let the store's go with prune=true"
+            )
+            report.rows.append(replace(row_of(files, None, None, "bad"), labelled=True))  # the store's
+            report.problems.append(Problem(files.id, str(files.folder), message, "missing label"))
         else:
+            if loses_label:
+                message = "found no label any more; the store's is let go, as prune=true says"
+                report.notes.append(Problem(files.id, str(files.folder), message, "note"))
             todo.append(files)
     return todo
 
@@ -202,6 +256,8 @@ def settle(report: Report, subjects: Sequence[SubjectFiles], before: Before, roo
     taken = {
         path: files.id for files in subjects for path in (*files.images.values(), files.label, files.brain) if path
     }
+    # Somebody's files lie where they were: the root is that of the preparation, and what is missing below it is gone.
+    known_root = any(path.exists() for table in before.tables.values() for path, _ in _places(table, root))
     rows = {row.id: row for row in report.rows}
     told = {problem.subject for problem in report.problems}
     vanished = []
@@ -209,8 +265,12 @@ def settle(report: Report, subjects: Sequence[SubjectFiles], before: Before, roo
         if id in rows and rows[id].status != "bad":
             continue
         table = before.tables.get(id)
-        gone = table is None or _source_is_gone(table, root, taken)
-        if id not in told:
+        if table is None:
+            gone = known_root or id in told
+        else:
+            gone = _source_is_gone(table, root, taken, known_root=known_root)
+            gone = gone or (not before.is_good(id) and id in told)  # seen, and with no good files of these settings
+        if id not in told and table is not None:
             vanished.append(id)
         if table is None:
             rows.setdefault(id, Row(id, id, None, None, None, None, None, "bad"))
@@ -218,7 +278,7 @@ def settle(report: Report, subjects: Sequence[SubjectFiles], before: Before, roo
             message += "restore them, or take it out of the store with prune=true"
             report.problems.append(Problem(id, str(report.store / id), message, "damaged in the store"))
             report.mended.pop(id, None)
-        if prune and report.usable and (gone or not before.is_good(id)):
+        if prune and report.usable and gone:
             remove_subject(report.store, id)
             status = "removed"
         else:

@@ -37,6 +37,8 @@ def prepare(conf: DictConfig) -> Report:
         raise UserError("data.root is not set; give the folder of the raw cohort: data.root=/data/…")
     if not data.get("layout"):
         raise UserError("data.layout is not set; give the cohort's table of patterns: data.layout=my_cohort.yaml")
+    if conf.workers is not None and (type(conf.workers) is not int or conf.workers < 0):
+        raise UserError(f"workers is {conf.workers}; expected a whole number from 0 on, or null")
     layout = Layout.from_conf(data["layout"])
     root = Path(data["root"]).expanduser()
     store = Path(data["store"]).expanduser()

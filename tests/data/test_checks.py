@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -210,14 +211,10 @@ def test_label_at_the_brains_edge_is_tolerated(case):
     assert check(case.parent)[1] == []
 
 
-@pytest.mark.parametrize(("frames", "shape"), [(2, "16×18×20×2"), (1, "16×18×20×1")])
-def test_four_dimensions(case, frames, shape):
-    path = write_nifti(case / f"{ID}_t1.nii.gz", np.stack([scan()] * frames, axis=-1))
-    if frames == 1:  # nibabel drops a last axis of 1 on writing unless told otherwise; either way it is one volume
-        import nibabel
-
-        shape = "×".join(map(str, nibabel.load(path).shape))
-    assert only_line(case) == (f"{ID}: {path}: found 4 dimensions ({shape}), expected a 3D volume; save the one meant")
+def test_four_dimensions(case):
+    path = write_nifti(case / f"{ID}_t1.nii.gz", np.stack([scan()] * 2, axis=-1))
+    line = f"{ID}: {path}: found 4 dimensions (16×18×20×2), expected a 3D volume; save the one meant"
+    assert only_line(case) == line
 
 
 def test_colour_is_not_an_intensity(case):
@@ -377,3 +374,18 @@ def test_real_scan_with_negative_intensities_and_masks_that_differ():
     assert (common & ~subject.brain).sum() < 100
     assert (subject.brain & ~union).sum() < 100
     assert (subject.label[~subject.brain] > 0).sum() == 0
+
+
+def test_one_scan_as_two_sequences_is_refused(tmp_path):
+    """A copy over the other, or a glob that means both."""
+    case = write_brats_case(tmp_path / "HGG" / "BraTS19_X_1_1")
+    shutil.copy(case / f"{case.name}_t1.nii.gz", case / f"{case.name}_t2.nii.gz")
+    (files,), _ = find_subjects(SHIPPED["brats2019"], tmp_path)
+    subject, (problem,) = check_subject(files, SHIPPED["brats2019"])
+    assert subject is None
+    assert "found the same voxels in t1 and t2, expected two scans" in str(problem)
+
+
+def test_a_label_beyond_all_measure_is_told_in_few_digits(case):
+    write_nifti(case / f"{ID}_seg.nii.gz", lesion().astype(float) * 1e300)
+    assert "found the label 1e+300 (" in only_line(case)

@@ -153,8 +153,8 @@ def test_brats2020_takes_grade_and_site_from_name_mapping(tmp_path):
         "HGG,NA,BraTS19_CBICA_AAB_1,BraTS20_Training_001\n"
         "LGG,NA,NA,BraTS20_Training_355\n"
     )
-    subjects, problems = find_subjects(SHIPPED["brats2020"], tmp_path)
-    assert not problems
+    subjects, (note,) = find_subjects(SHIPPED["brats2020"], tmp_path)
+    assert "found no row or no Grade for 1 of 3 subjects (BraTS20_Training_369)" in str(note)
     assert summary(subjects) == [
         ("BraTS20_Training_001", "BraTS20_Training_001", "HGG", "CBICA", True),
         ("BraTS20_Training_355", "BraTS20_Training_355", "LGG", None, True),
@@ -389,6 +389,8 @@ def test_a_root_that_looks_like_nothing_says_what_it_holds(tmp_path):
 def test_unknown_modality_is_refused_with_the_valid_ones(tmp_path):
     with pytest.raises(UserError, match="BraTS 2019 has no apt; it has t1, t1ce, t2, flair"):
         find_subjects(SHIPPED["brats2019"], tmp_path, ["t1", "apt"])
+    with pytest.raises(UserError, match=r"data.modalities: found t1 more than once, expected each sequence once"):
+        find_subjects(SHIPPED["brats2019"], tmp_path, ["t1", "t2", "t1"])
 
 
 def test_a_link_that_leads_back_does_not_hang_the_walk(tmp_path):
@@ -403,3 +405,21 @@ def test_a_link_that_leads_back_does_not_hang_the_walk(tmp_path):
 @pytest.mark.parametrize("name", ["brats2015", "brats2019", "brats2023"])
 def test_real_scans_are_recognised(name):
     assert next(iter(recognise_layouts(Path(SCANS) / name, SHIPPED))) == name
+
+
+@pytest.mark.parametrize("ending", [".part", ".bak", ".crdownload", "~"])
+def test_half_a_download_is_no_scan(tmp_path, ending):
+    case = write_brats_case(tmp_path / "HGG" / "BraTS19_X_1_1")
+    scan = case / f"{case.name}_t1.nii.gz"
+    scan.rename(scan.with_name(scan.name + ending))
+    subjects, (problem,) = find_subjects(SHIPPED["brats2019"], tmp_path)
+    assert not subjects
+    assert problem.kind == "missing sequence: t1"
+
+
+@pytest.mark.parametrize("link", ["latest", "A"])
+def test_a_link_to_a_folder_of_subjects_is_no_second_copy(tmp_path, link):
+    write_brats_case(tmp_path / "HGG" / "BraTS19_X_1_1")
+    (tmp_path / link).symlink_to("HGG")
+    (subject,), problems = find_subjects(SHIPPED["brats2019"], tmp_path)
+    assert (subject.grade, problems) == ("HGG", [])

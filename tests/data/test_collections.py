@@ -44,8 +44,21 @@ def test_a_root_of_another_collection_is_recognised(tmp_path, name):
     assert list(recognise_layouts(tmp_path, SHIPPED)) == [name]
 
 
-def test_the_pediatric_tumours_of_2023_are_not_those_of_2024(tmp_path):
-    write_brats_case(tmp_path / "ASNR-MICCAI-BraTS2023-PED-Challenge-TrainingData" / "BraTS-PED-00002-000", **NAMES)
+@pytest.mark.parametrize("name", ["brats2023", "brats2024_gli", "brats2024_ped"])
+@pytest.mark.parametrize("other", ["GoAT", "Africa", "PEDs", "MEN-RT", "Men"])
+def test_collections_in_any_case_are_refused(tmp_path, name, other):
+    write_brats_case(tmp_path / f"BraTS-{other}-00004-000", label=(1, 2, 3), **NAMES)
+    subjects, (problem,) = find_subjects(SHIPPED[name], tmp_path)
+    assert not subjects
+    assert problem.kind == "another collection"
+
+
+@pytest.mark.parametrize(
+    "folder",
+    ["ASNR-MICCAI-BraTS2023-PED-Challenge-TrainingData", "BraTS_2023_PED", "BraTS 2023 PED", "brats23-ped", "PED2023"],
+)
+def test_the_pediatric_tumours_of_2023_are_not_those_of_2024(tmp_path, folder):
+    write_brats_case(tmp_path / folder / "BraTS-PED-00002-000", **NAMES)
     subjects, (problem,) = find_subjects(SHIPPED["brats2024_ped"], tmp_path)
     assert not subjects
     assert "the PED of 2023 is numbered otherwise" in problem.message

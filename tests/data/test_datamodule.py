@@ -418,3 +418,15 @@ def test_a_split_without_training_subjects(phantom_store):
 def test_a_box_that_cuts_a_brain_is_found_before_training(phantom_store):
     with pytest.raises(UserError, match="which would cut it"):
         make(phantom_store, sampling=BrainBox((24, 24, 24)))
+
+
+def test_subjects_of_other_settings_are_left_out_with_a_line(tmp_path, capsys):
+    """A preparation that was stopped while it replaced them leaves some."""
+    store = written(tmp_path, "brats2019", [{1: 5}] * 8)
+    cohort = tmp_path / "cohort.json"
+    now = cohort.read_text()
+    cohort.write_text(now.replace('"settings": "', '"settings": "0'))
+    write_subject(store, id="s8", image=np.ones((2, 8, 8, 8)), brain=np.ones((8, 8, 8), bool), affine=np.eye(4))
+    cohort.write_text(now)
+    assert len(make(store, modalities=("t1",)).store.subjects) == 8
+    assert f"{store}: 1 prepared subjects of other settings are left out; mrgen-prepare" in capsys.readouterr().out

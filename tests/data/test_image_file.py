@@ -63,6 +63,7 @@ def test_a_pipe_that_somebody_writes_to_is_refused_too(tmp_path):
 def test_voxels_lie_beside_their_header_in_one_file(name):
     with pytest.raises(BadFileError, match="found voxels in"):
         beside(Path("/raw/scan.mhd"), name)
+    assert beside(Path("/raw/scan.mhd"), "./scan.raw") == Path("/raw/scan.raw")
     assert beside(Path("/raw/scan.mhd"), "my scan.raw") == Path("/raw/my scan.raw")
 
 

@@ -219,3 +219,23 @@ def test_the_file_of_the_voxels_belongs_to_the_scan(tmp_path):
     assert files_of(write(tmp_path / "scan.mha")) == [tmp_path / "scan.mha"]
     assert files_of(tmp_path / "gone.mhd") == [tmp_path / "gone.mhd"]
     assert files_of(tmp_path / "scan.nii.gz") == [tmp_path / "scan.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("AnatomicalOrientation", "LPS"),
+        ("ElementDataFile", "./scan.raw"),
+        ("BinaryData", None),
+        ("ObjectType", None),
+    ],
+)
+def test_what_other_writers_say_otherwise_or_leave_out_is_read_as_simpleitk_does(tmp_path, key, value):
+    """Letters may say where the axes lead: to the left, the back and the top."""
+    path = write(tmp_path / "scan.mhd")
+    change(path, key, value)
+    volume = read_volume(path)
+    array, affine = simpleitk(path)
+    np.testing.assert_array_equal(volume.array, array)
+    np.testing.assert_allclose(volume.affine, affine)
+    assert volume.notes == ()

@@ -203,9 +203,11 @@ def test_without_a_code_nibabel_and_simpleitk_disagree_on_where_the_front_is(tmp
         ({"datatype": 16, "bitpix": 32}, "found 11,872 bytes of image, expected 23,392"),
         ({"datatype": 32767}, "data type 32767"),
         ({"datatype": 128, "bitpix": 24}, "found RGB voxels, expected one number a voxel"),
-        ({"scl_slope": np.nan}, "intensities are nan times the voxels plus 0"),
         ({"scl_slope": np.inf}, "intensities are inf times"),
-        ({"scl_slope": 0, "scl_inter": 7}, "intensities are 0 times the voxels plus 7"),
+        ({"scl_slope": 2, "scl_inter": np.nan}, "intensities are 2 times the voxels plus nan"),
+        ({"scl_slope": np.nan, "scl_inter": -np.inf}, "intensities are nan times the voxels plus -inf"),
+        ({"dim": (4, 16, 18, 10, 2, 1, 1, 1)}, "found 4 dimensions (16×18×10×2), expected a 3D volume"),
+        ({"dim": (5, 16, 18, 10, 1, 2, 1, 1)}, "found 5 dimensions (16×18×10×1×2), expected a 3D volume"),
         ({"magic": b"ni1"}, "found the header of a .hdr and .img pair"),
         ({"magic": b""}, "found a header without NIfTI's mark"),
         ({"dim": (3, 16, 18, 19, 1, 1, 1, 1)}, "found more bytes of image than the 11,296"),
@@ -242,6 +244,24 @@ def test_scaled_intensities_are_read_as_nibabel_does(tmp_path):
     theirs = np.asanyarray(nibabel.load(path).dataobj)
     np.testing.assert_array_equal(volume.array, theirs)
     assert volume.array.dtype == theirs.dtype
+
+
+@pytest.mark.parametrize(
+    ("slope", "inter", "said"),
+    [(0, 0, False), (np.nan, 0, True), (np.nan, np.nan, True), (0, 5, True), (0, np.nan, True)],
+)
+def test_a_slope_that_is_0_or_no_number_means_no_scaling(tmp_path, slope, inter, said):
+    volume = read(tmp_path / "scan.nii", content(scl_slope=slope, scl_inter=inter))
+    np.testing.assert_array_equal(volume.array, scan())
+    assert [note.endswith("; took the voxels as they are") for note in volume.notes] == [True] * said
+
+
+@pytest.mark.parametrize("dim", [(4, 16, 18, 20, 1, 1, 1, 1), (5, 16, 18, 20, 1, 1, 1, 1), (4, 16, 18, 20, 1, 0, 0, 0)])
+def test_further_axes_of_one_step_are_dropped_with_a_line(tmp_path, dim):
+    volume = read(tmp_path / "scan.nii", content(dim=dim))
+    np.testing.assert_array_equal(volume.array, scan())
+    size = "×".join(map(str, dim[1 : 1 + dim[0]]))
+    assert volume.notes == (f"found {dim[0]} dimensions ({size}); took the first three",)
 
 
 @pytest.mark.parametrize(

@@ -104,10 +104,35 @@ def test_a_label_or_a_grade_that_changes_counts_as_change(root, store, change):
         label.unlink()
     else:
         shutil.move(root / "HGG" / IDS[0], root / "LGG" / IDS[0])
-    assert prepare(root, store).prepared == [IDS[0]]
+    if change == "label goes":
+        report = prepare(root, store)
+        assert (report.kept, report.exit_code) == ([IDS[0]], 1)
+        assert "found no label, expected one, as the store has" in str(report.problems[0])
+        assert "unlabelled" not in report.summary
+        assert Store(store).subjects[IDS[0]].labelled
+    report = prepare(root, store, prune=change == "label goes")
+    assert report.prepared == [IDS[0]]
+    assert any("found no label any more" in str(note) for note in report.notes) == (change == "label goes")
     subject = Store(store).subjects[IDS[0]]
     assert subject.labelled == (change != "label goes")
     assert subject.grade == ("LGG" if change == "grade" else "HGG")
+
+
+def test_a_damaged_subject_whose_label_vanished_keeps_the_stored_one(root, store):
+    prepare(root, store)
+    (store / IDS[0] / "image.npy").write_bytes(b"")
+    (root / "HGG" / IDS[0] / f"{IDS[0]}_seg.nii.gz").unlink()
+    assert prepare(root, store).bad == [IDS[0]]
+    assert (store / IDS[0] / "label.npy").stat().st_size > 0
+
+
+def test_a_grade_that_no_folder_says_any_more_stays_until_it_is_pruned(root, store):
+    prepare(root, store)
+    (root / "HGG").rename(root / "all")
+    assert prepare(root, store).exit_code == 0
+    assert {subject.grade for subject in Store(store).subjects.values()} == {"HGG"}
+    prepare(root, store, prune=True)
+    assert {subject.grade for subject in Store(store).subjects.values()} == {None}
 
 
 def test_a_cohort_that_was_moved_is_unchanged(root, store, tmp_path):
@@ -226,6 +251,27 @@ def test_subjects_that_vanished_are_kept_and_reported(root, store):
     assert prepare(root, store, prune=True).removed == [IDS[0]]
 
 
+@pytest.mark.parametrize("options", [{}, {"modalities": ["flair", "t1"]}])
+def test_a_root_of_one_grade_alone_prunes_nobody_of_the_other(root, store, options):
+    """Their files are there, above the root; a second time as well, when the others' places are known by it."""
+    write_brats_case(root / "LGG" / "BraTS19_Y_9_1")
+    prepare(root, store)
+    for _ in range(2):
+        report = prepare(root / "HGG", store, prune=True, **options)
+        assert report.removed == []
+        assert (store / "BraTS19_Y_9_1" / "image.npy").exists()
+    shutil.rmtree(root / "LGG" / "BraTS19_Y_9_1")
+    assert prepare(root, store, prune=True, **options).removed == []  # nobody's files lie where they were, now
+    assert prepare(root, store, prune=True, **options).removed == ["BraTS19_Y_9_1"]
+
+
+def test_another_copy_of_a_part_of_the_cohort_prunes_nobody(root, store, tmp_path):
+    prepare(root, store)
+    shutil.copytree(root / "HGG" / IDS[0], tmp_path / "usb" / IDS[0])
+    assert prepare(tmp_path / "usb", store, prune=True).removed == []
+    assert list(Store(store).subjects) == IDS
+
+
 def test_other_modalities_are_refused_before_anything_is_touched(root, store):
     """Forgetting data.modalities would hide a store of two sequences, and most BraTS 2015 subjects have no others."""
     prepare(root, store, modalities=["flair", "t1"])
@@ -270,7 +316,9 @@ def test_replacing_a_store_of_other_modalities_hides_it_only_once_there_is_bette
     np.testing.assert_array_equal(whole.subjects[IDS[2]].read_image()[0], scan_of(IDS[2], "flair")[::-1, ::-1])
 
 
-@pytest.mark.parametrize("copy", ["incoming/HGG/{}", "__MACOSX/HGG/{}", ".Trash/{}", "@eaDir/{}"])
+@pytest.mark.parametrize(
+    "copy", ["incoming/HGG/{}", "__MACOSX/HGG/{}", ".Trash/{}", "@eaDir/{}", "@Recycle/{}", "found.000/{}"]
+)
 def test_a_stray_copy_that_lacks_sequences_costs_nothing(root, store, copy):
     """Further runs say the same: the good one is unchanged, the other is reported where it is no system's."""
     prepare(root, store)
@@ -361,7 +409,7 @@ def test_a_damaged_store_is_named_by_a_training_and_mended_by_a_preparation(root
     assert str(store) in str(error.value)
     assert name == "cohort.json" or IDS[1] in str(error.value)
     if (name, damage) == ("cohort.json", "folder"):  # somebody's, and no damage
-        with pytest.raises(UserError, match="Is a directory"):
+        with pytest.raises(UserError, match="found a folder, expected a store's table; move it away"):
             prepare(root, store)
         return
     report = prepare(root, store)
@@ -390,15 +438,33 @@ def test_a_store_from_before_checksums_opens_is_unchanged_and_gets_them_when_ver
     prepare(root, store)
     for file in store.glob("*/subject.json"):
         table = json.loads(file.read_text())
-        del table["checksums"]
+        del table["checksums"], table["checksum"]
         file.write_text(json.dumps(table))
     assert len(Store(store)) == 3
     assert prepare(root, store).unchanged == IDS
     shutil.copytree(root / "HGG" / IDS[0], root / "HGG" / "BraTS19_Y_8_1")
     assert prepare(root, store).bad == ["BraTS19_Y_8_1"]  # by its statistics
     shutil.rmtree(root / "HGG" / "BraTS19_Y_8_1")
-    assert prepare(root, store, verify=True).prepared == IDS
+    scan = root / "HGG" / IDS[0] / f"{IDS[0]}_t1.nii.gz"
+    scan.rename(scan.with_name("elsewhere"))
+    report = prepare(root, store, verify=True)
+    assert (report.prepared, report.kept) == (IDS[1:], IDS[:1])  # it is no damage
+    assert all("damaged" not in str(problem) for problem in report.problems)
+    scan.with_name("elsewhere").rename(scan)
+    assert prepare(root, store, verify=True).prepared == IDS[:1]
     assert prepare(root, store, verify=True).unchanged == IDS
+
+
+def test_sequences_in_another_order_are_prepared_anew(root, store):
+    prepare(root, store)
+    path = store / IDS[0] / "subject.json"
+    table = json.loads(path.read_text())
+    del table["checksum"]
+    path.write_text(json.dumps({**table, "modalities": table["modalities"][::-1]}))
+    with pytest.raises(UserError, match="other sequences than the store"):
+        Store(store)
+    assert prepare(root, store).prepared == [IDS[0]]
+    assert list(Store(store).subjects) == IDS
 
 
 def test_what_is_damaged_and_has_no_good_files_is_reported_until_it_is_pruned(root, store):
@@ -450,19 +516,47 @@ def test_somebodys_own_files_where_a_subject_would_be_written_are_left_alone(roo
     assert (store / IDS[0] / "thesis.tex").read_text() == "x"
 
 
-def test_a_table_that_becomes_unreadable_costs_no_grade(tmp_path, store):
+@pytest.mark.parametrize("now", ["\0\0a", None, "header", "no grade"])
+def test_a_table_that_becomes_unreadable_or_says_less_costs_no_grade(tmp_path, store, now):
     root = tmp_path / "raw"
     for i in (1, 2):
         write_brats_case(root / f"BraTS20_Training_00{i}")
-    table = "Grade,BraTS_2019_subject_ID,BraTS_2020_subject_ID\nHGG,BraTS19_X_1_1,BraTS20_Training_00{}\n"
-    (root / "name_mapping.csv").write_text(table.format(1))
+    header = "Grade,BraTS_2019_subject_ID,BraTS_2020_subject_ID\n"
+    rows = "{},BraTS19_X_1_1,BraTS20_Training_001\nLGG,BraTS19_X_2_1,BraTS20_Training_002\n"
+    table = root / "name_mapping.csv"
+    table.write_text(header + rows.format("HGG"))
     prepare(root, store, "brats2020")
-    (root / "name_mapping.csv").write_text("\0\0a")
+    table.write_text({"header": header, "no grade": header + rows.format("")}.get(now, now or ""))
+    if now is None:
+        table.unlink()
     report = prepare(root, store, "brats2020")
-    assert (len(report.unchanged), report.exit_code, len(report.rows)) == (2, 1, 2)
-    assert "grade of" not in str(report.problems[0])
-    assert "without it Grade and BraTS_2019_subject_ID of the subjects are not known" in str(report.problems[0])
+    said = [line for line in (*report.problems, *report.notes) if line.subject == "table"]
+    assert len(said) == 1
+    assert (len(report.unchanged), len(report.rows)) == (2, 2)
+    subjects = Store(store).subjects.values()
+    assert [(s.grade, s.site) for s in subjects] == [("HGG", "X"), ("LGG", "X")]
+    (store / "BraTS20_Training_001" / "image.npy").write_bytes(b"")
+    assert prepare(root, store, "brats2020", prune=True).prepared == ["BraTS20_Training_001"]
     assert Store(store).subjects["BraTS20_Training_001"].grade == "HGG"
+
+
+def test_what_systems_leave_in_a_store_is_nobodys(root, store):
+    prepare(root, store)
+    shutil.copytree(store / IDS[0], store / "@eaDir")
+    (store / IDS[0] / "Thumbs.db").write_bytes(b"x")
+    assert list(Store(store).subjects) == IDS
+    write_nifti(root / "HGG" / IDS[0] / f"{IDS[0]}_t1.nii.gz", scan(77))
+    assert prepare(root, store).prepared == [IDS[0]]
+
+
+def test_a_damaged_subject_that_is_nowhere_is_told_of_once(root, store):
+    prepare(root, store)
+    (store / IDS[0] / "subject.json").write_text("{")
+    shutil.rmtree(root / "HGG" / IDS[0])
+    (problem,) = prepare(root, store).problems
+    assert "(subject.json: found no JSON" in str(problem)
+    assert "expected ;" not in str(problem)
+    assert "no longer" not in str(problem)
 
 
 def test_a_store_of_another_cohort_is_refused_and_left_alone(root, store, tmp_path):

@@ -187,6 +187,42 @@ def test_a_write_that_fails_leaves_no_half_subject(store, monkeypatch, fails):
     assert sorted(p.name for p in store.iterdir()) == ["cohort.json"]
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("spacing", [2.0, 1.0, 1.0]),
+        ("affine", np.diag([2.0, 1, 1, 1]).tolist()),
+        ("patient", "B"),
+        ("label_counts", {"0": 1}),
+        ("original_shape", [20, 18, 16]),
+        ("settings", "0123456789abcdef"),
+    ],
+)
+def test_a_table_with_other_values_than_were_written_is_damaged(store, subject, key, value):
+    path = subject.path / "subject.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(UserError, match=r"is damaged \(subject.json: other values than were written\)"):
+        Store(store)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("statistics", {m: {"min": 0.0} for m in MODALITIES}),
+        ("checksums", {"image.npy": [1, 2]}),
+        ("checksums", {"image.npy": {"t1": 1}}),
+        ("checksums", {"brain.npy": {}}),
+    ],
+)
+def test_a_table_that_lacks_what_is_read_of_it_is_damaged(store, subject, key, value):
+    path = subject.path / "subject.json"
+    table = json.loads(path.read_text())
+    del table["checksum"]
+    path.write_text(json.dumps({**table, key: value}))
+    with pytest.raises(UserError, match=rf"is damaged \(subject.json: {key}: "):
+        Store(store)
+
+
 def test_what_a_killed_writer_left_is_not_seen_and_cleared(store, subject):
     half = store / ".B.12345678.partial"
     half.mkdir()

@@ -255,6 +255,8 @@ def _said(name: str, target: str, way: str, world: Path, scratch: Path) -> tuple
     elif path.suffix == ".json":
         content = json.loads(path.read_text())
         _put(content, place.keys, payload)
+        if path.name == "subject.json":
+            content.pop("checksum", None)  # the value itself is to be judged
         path.write_text(json.dumps(content))
     else:
         content = yaml.safe_load(path.read_text())

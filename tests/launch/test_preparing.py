@@ -219,3 +219,10 @@ def test_the_store_may_not_lie_in_the_cohort(mrgen: Script, raw: Path):
         assert called.code == 1
         assert "lie in one another" in called.message
     assert files(raw) == before
+
+
+@pytest.mark.parametrize("workers", ["-1", "1.5", "many"])
+def test_workers_that_are_no_number_of_processes_are_refused(mrgen: Script, raw: Path, workers: str):
+    called = mrgen("prepare", "data=brats2019", f"data.root={raw}", f"workers={workers}")
+    assert called.code == 1
+    assert f"workers is {workers}; expected a whole number from 0 on, or null" in called.err

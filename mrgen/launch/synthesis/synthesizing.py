@@ -78,6 +78,7 @@ def synthesize(conf: DictConfig) -> int:
     layout = _find_layout(None if conf.layout is None else str(conf.layout), method, root)
 
     subjects, problems = find_subjects(layout, root, method.sources)
+    problems = [problem for problem in problems if problem.kind != "note"]  # grades, which nothing here asks for
     left_out = {problem.subject for problem in problems}
     _say(*_lines(problems, layout, method.sources))
     jobs: list[_Job] = []

@@ -1,6 +1,7 @@
 """``mrgen-evaluate experiment=samr/samples``: sheets, numbers and a reader's study from run folders."""
 
 import csv
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -168,9 +169,9 @@ def test_a_patient_that_was_trained_on_is_refused(runs: dict[str, Path], phantom
     trained_on = Store(store).subjects[split.train[0]].patient
     table = store / split.test[0] / "subject.json"
     assert table.is_file()
-    text = table.read_text(encoding="utf-8")
-    tested = Store(store).subjects[split.test[0]].patient
-    table.write_text(text.replace(f'"patient": "{tested}"', f'"patient": "{trained_on}"'), encoding="utf-8")
+    values = json.loads(table.read_text(encoding="utf-8")) | {"patient": trained_on}
+    del values["checksum"]
+    table.write_text(json.dumps(values), encoding="utf-8")
     with pytest.raises(UserError, match=rf"visits of one patient must stay in one set, found {trained_on}"):
         sampled(tmp_path / "out", [runs["samr"]], f"store='{store}'")
 
