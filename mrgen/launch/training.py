@@ -1,5 +1,6 @@
 """From a resolved config to a finished run folder."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from mrgen.launch.cluster.slurm import requeue
 from mrgen.launch.configs import write_config
 from mrgen.launch.csv_logger import CsvLogger
 from mrgen.launch.fitting import ESTIMATOR, check, fit
-from mrgen.launch.going_on import SameStart, check_config, is_finished, newest, only_here
+from mrgen.launch.going_on import Restored, SameStart, check_config, is_finished, newest, only_here
 from mrgen.launch.instantiate import instantiate, plain
 from mrgen.launch.status import Outcome, check_metrics, has_begun, read_status, recorded
 from mrgen.launch.tracking import loggers, source_commit
@@ -218,7 +219,9 @@ def _train(conf: DictConfig, run_dir: Path, preemption: Preemption, outcome: Out
         _keep_settings(conf, datamodule, run_dir)
         save_guides(learned, run_dir)
     path, saved = saved.path if saved else None, None  # its memory is wanted for the training
-    with loggers(conf, run_dir, [csv]) as tracked:
+    restored = Restored(path) if path else None
+    trainer.callbacks.extend([restored] if restored else [])  # type: ignore[attr-defined]
+    with loggers(conf, run_dir, [csv]) as tracked, restored.restoring() if restored else nullcontext():
         trainer.loggers = [DummyLogger()] if conf.trainer.get("fast_dev_run") else tracked
         trainer.fit(model, datamodule=datamodule, ckpt_path=path, weights_only=True)
         outcome.stopped = why_stopped(trainer)
