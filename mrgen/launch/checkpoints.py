@@ -9,14 +9,14 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
-from torch import Tensor
+from torch import Tensor, nn
 
 from mrgen.callbacks.finite import are_finite
 from mrgen.callbacks.provenance import KEY
 from mrgen.errors import UserError
 from mrgen.files import open_to_read, replacing
 
-__all__ = ["WholeCheckpoints", "check_description", "read_checkpoint"]
+__all__ = ["WholeCheckpoints", "check_description", "load_weights", "read_checkpoint"]
 
 BLOCK = 2**22  # bytes
 LARGEST = 4096  # voxels of a box along an axis
@@ -126,6 +126,18 @@ def _kept(member: ZipInfo) -> tuple[Any, ...]:
     """What the archive's directory says of a part that is the same for all that torch writes."""
     versions = member.create_system, member.create_version, member.extract_version, member.volume, member.reserved
     return *versions, member.flag_bits, member.date_time, member.internal_attr, member.comment
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Raises RuntimeError for weights that do not fit, also where torch would cast them: complex or whole numbers."""
+    for key, own in model.state_dict().items():
+        if key in weights and _kind(weights[key]) != _kind(own):
+            raise RuntimeError(f"{key} is of {weights[key].dtype}, and the model's of {own.dtype}")
+    model.load_state_dict(weights)
+
+
+def _kind(weight: Tensor) -> tuple[bool, ...]:
+    return weight.is_complex(), weight.is_floating_point(), weight.dtype == torch.bool
 
 
 def check_description(description: Any, path: Path, *, remedy: str) -> None:

@@ -23,7 +23,7 @@ from mrgen.errors import UserError
 from mrgen.evaluation.inference import WholeSynthesizer
 from mrgen.files import read_json, read_metrics
 from mrgen.launch.build import MODELS, NORMALISATIONS, SAMPLINGS, build
-from mrgen.launch.checkpoints import check_description, read_checkpoint
+from mrgen.launch.checkpoints import check_description, load_weights, read_checkpoint
 from mrgen.launch.configs import read_config
 from mrgen.launch.fitting import DESCRIPTION, ESTIMATOR, file_sums
 from mrgen.launch.instantiate import plain
@@ -242,7 +242,7 @@ def _load_network(checkpoint: Path, folder: Path) -> tuple[Any, dict[str, Any]]:
     if not isinstance(model, LightningModule):
         raise UserError(f"{checkpoint}: found {type(model).__name__} in it, expected a network; {REMEDY}")
     try:
-        model.load_state_dict(weights)
+        load_weights(model, weights)
     except RuntimeError as error:  # of another version of the network
         said = " ".join(str(error).split())[:300]
         raise UserError(

@@ -23,6 +23,7 @@ from mrgen.data.store import Store, read_cohort
 from mrgen.errors import UserError
 from mrgen.files import write_json
 from mrgen.launch.build import check_data
+from mrgen.launch.checkpoints import load_weights
 from mrgen.launch.cluster.slurm import requeue
 from mrgen.launch.configs import write_config
 from mrgen.launch.csv_logger import CsvLogger
@@ -173,7 +174,7 @@ def _train(conf: DictConfig, run_dir: Path, preemption: Preemption, outcome: Out
     _check_shapes(model, datamodule)
     if saved:
         try:
-            model.load_state_dict(saved.content["state_dict"])
+            load_weights(model, saved.content["state_dict"])
         except RuntimeError as error:
             raise UserError(
                 f"{saved.path} holds another network than the config describes; a resumed run keeps its model"
