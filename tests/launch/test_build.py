@@ -70,6 +70,7 @@ def test_a_class_of_another_kind_is_refused():
         ({"filters": "many"}, "filters is 'many'; expected a whole number"),
         ({"fitlers": 4}, "UNet3d has no fitlers; valid keys"),
         ({"levels": -(10**30)}, "levels"),
+        ({"levels": 40}, "levels is 40; expected 2 to 8"),
         ({"in_channels": None}, "in_channels is None"),
     ],
 )

@@ -64,7 +64,7 @@ def test_a_missing_argument_is_named():
 
 
 def test_the_constructors_own_refusal_is_a_sentence():
-    with pytest.raises(UserError, match="UNet3d needs at least 2 levels, got 1"):
+    with pytest.raises(UserError, match="UNet3d: levels is 1; expected 2 to 8"):
         instantiate({"_target_": UNET, "in_channels": 1, "levels": 1})
 
 
