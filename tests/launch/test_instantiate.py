@@ -54,7 +54,7 @@ def test_a_target_that_takes_any_key_is_not_checked():
 
 @pytest.mark.parametrize("target", ["nope.Nope", "mrgen.data.crops.Nope", "mrgen.nope.Nope", "torch.nn.nope", "Nope"])
 def test_an_unknown_target_is_named(target: str):
-    with pytest.raises(UserError, match=f"_target_ {target} cannot be imported"):
+    with pytest.raises(UserError, match=f"_target_ '{target}' cannot be imported"):
         instantiate({"_target_": target})
 
 

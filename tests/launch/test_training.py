@@ -510,6 +510,12 @@ def test_a_last_checkpoint_of_which_a_part_is_another_is_one_sentence(
         resumed(tmp_path / "run", "trainer.max_epochs=2")
 
 
+def test_a_learning_rate_beyond_what_an_optimizer_can_count_with_is_one_sentence(tmp_path: Path, phantom_store: Path):
+    """1e38 is a number of single precision, and Adam's first step of it, ten times as long, is none."""
+    with pytest.raises(UserError, match=r"the learning rate is 1e\+38; expected .*lower model\.lr"):
+        tiny_run(tmp_path / "run", phantom_store, "trainer.max_epochs=1", "model.lr=1e38")
+
+
 def test_other_ranks_leave_the_status_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("mrgen.launch.training.rank_zero_only.rank", 1)
     with pytest.raises(UserError, match="run mrgen-prepare"):
