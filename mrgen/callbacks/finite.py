@@ -13,6 +13,8 @@ from mrgen.errors import UserError
 
 __all__ = ["FiniteLoss", "are_finite"]
 
+HIGHEST_RATE = 1e30  # divided by a bias correction it is still a number of single precision
+
 LAST = Path("checkpoints", "last.ckpt")
 
 
@@ -42,6 +44,12 @@ class FiniteLoss(Callback):
         self._first: Tensor | None = None  # the first step whose loss was not finite, as metrics.csv counts; -1: none
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        if others := [rate for rate in rates if not 0 <= rate <= HIGHEST_RATE]:
+            raise UserError(
+                f"the learning rate is {others[0]}; expected one of 0 to {HIGHEST_RATE:g}, with which an optimizer can "
+                "count; lower model.lr"
+            )
         self._first = torch.full((), -1, dtype=torch.int64, device=pl_module.device)
 
     def on_train_batch_end(

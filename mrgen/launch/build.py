@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from mrgen.errors import UserError
 from mrgen.launch.instantiate import check_arguments
+from mrgen.launch.memory import out_of_memory
 
 __all__ = [
     "CALLBACKS",
@@ -91,8 +92,8 @@ def build(conf: Mapping[str, Any], places: Sequence[str], *, where: str | Path, 
     conf = OmegaConf.to_container(conf, resolve=False) if OmegaConf.is_config(conf) else conf  # type: ignore[assignment]
     check_data(conf, where)
     if not isinstance(conf, Mapping) or not _below(str(conf.get("_target_")).rpartition(".")[0], (*places, *_trusted)):
-        found = conf.get("_target_") if isinstance(conf, Mapping) else type(conf).__name__
-        raise UserError(f"{where}: found {found}, expected a class of {' or '.join(places)}; restore the file")
+        found = repr(conf.get("_target_")) if isinstance(conf, Mapping) else type(conf).__name__
+        raise UserError(f"{where}: found {found:.100}, expected a class of {' or '.join(places)}; restore the file")
     if conf.get("_partial_"):
         raise UserError(f"{where}: found _partial_ beside {conf['_target_']}, which builds nothing; restore the file")
     return _built({**conf, **extra}, where)
@@ -117,7 +118,8 @@ def _built(node: Any, where: str | Path) -> Any:
     except UserError:
         raise
     except Exception as error:  # whatever a constructor says of numbers that it was not made for
-        raise UserError(f"{where}: {target}: {error or type(error).__name__}") from error
+        said = out_of_memory(error) or str(error).strip() or type(error).__name__
+        raise UserError(f"{where}: {target}: {said.splitlines()[0]}") from error
 
 
 def check_data(node: Any, where: str | Path, *, interpolations: bool = False) -> None:
@@ -176,7 +178,8 @@ def _class(target: Any, where: str | Path) -> Any:
     raise UserError(
         f"{where}: asks for {target!r:.100}, which is none of the classes that a file may name (methods, networks, "
         "normalisations, crops, callbacks and transforms of mrgen, transforms of TorchIO). If it is your own, or "
-        f"somebody's whose code you would run, add trust=[{module or target!s:.100}]: it is imported and called then"
+        f"somebody's whose code you would run, add "
+        f"trust=[{repr(module or str(target))[1:-1]:.100}]: it is imported and called then"
     )
 
 

@@ -3,21 +3,23 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from sys import float_info
 from typing import Any, BinaryIO
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
-from torch import Tensor
+from torch import Tensor, nn
 
 from mrgen.callbacks.finite import are_finite
 from mrgen.callbacks.provenance import KEY
 from mrgen.errors import UserError
 from mrgen.files import open_to_read, replacing
 
-__all__ = ["WholeCheckpoints", "check_description", "read_checkpoint"]
+__all__ = ["WholeCheckpoints", "check_description", "load_weights", "read_checkpoint"]
 
 BLOCK = 2**22  # bytes
+LARGEST = 4096  # voxels of a box along an axis
 # Kinds of what a checkpoint says of its data; older ones lack some.
 KINDS: dict[str, type | tuple[type, ...]] = {
     "modalities": list,
@@ -126,6 +128,18 @@ def _kept(member: ZipInfo) -> tuple[Any, ...]:
     return *versions, member.flag_bits, member.date_time, member.internal_attr, member.comment
 
 
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Raises RuntimeError for weights that do not fit, also where torch would cast them: complex or whole numbers."""
+    for key, own in model.state_dict().items():
+        if key in weights and _kind(weights[key]) != _kind(own):
+            raise RuntimeError(f"{key} is of {weights[key].dtype}, and the model's of {own.dtype}")
+    model.load_state_dict(weights)
+
+
+def _kind(weight: Tensor) -> tuple[bool, ...]:
+    return weight.is_complex(), weight.is_floating_point(), weight.dtype == torch.bool
+
+
 def check_description(description: Any, path: Path, *, remedy: str) -> None:
     """Raises UserError for what does not say what model and data are.
 
@@ -148,11 +162,9 @@ def check_description(description: Any, path: Path, *, remedy: str) -> None:
         wrong = f"data.modalities is {data['modalities']!r:.60}"
     elif other := next((key for key in ("modalities", "classes") if not _are(str, data.get(key, []))), None):
         wrong = f"data.{other} is {data[other]!r:.60}"
-    elif not _are(int, data.get("box", [])):
+    elif not _is_box(data.get("box", [])):
         wrong = f"data.box is {data['box']!r:.60}"
-    elif not all(
-        isinstance(pair, list) and _are(int | float, pair) for pair in data.get("intensity_scale", {}).values()
-    ):
+    elif not all(_is_scale(pair) for pair in data.get("intensity_scale", {}).values()):
         wrong = f"data.intensity_scale is {data['intensity_scale']!r:.60}"
     if wrong:
         raise UserError(f"{path}: found a description in which {wrong}, expected what mrgen-train wrote; {remedy}")
@@ -160,6 +172,17 @@ def check_description(description: Any, path: Path, *, remedy: str) -> None:
 
 def _are(kind: Any, values: Sequence[Any]) -> bool:
     return all(isinstance(value, kind) for value in values)
+
+
+def _is_box(box: Sequence[Any]) -> bool:
+    """Whether it is the voxels of a box, or of none."""
+    return not box or (len(box) == 3 and all(type(n) is int and 1 <= n <= LARGEST for n in box))
+
+
+def _is_scale(pair: Any) -> bool:
+    """Whether it is the offset and the factor of intensities: finite, and the factor above 0."""
+    numbers = isinstance(pair, list) and len(pair) == 2 and all(type(value) in (int, float) for value in pair)
+    return numbers and all(abs(value) <= float_info.max for value in pair) and pair[1] > 0
 
 
 def _check_weights(weights: Any, path: Path, name: str, remedy: str) -> None:

@@ -1,5 +1,6 @@
 """Methods without a network: learned in one pass over the training subjects, kept as an artefact."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from mrgen.data.store import StoredSubject
 from mrgen.data.stored_subject import BRAIN, IMAGE
 from mrgen.errors import UserError
 from mrgen.evaluation.unit_scale import rescaled, unit_errors
-from mrgen.files import write_json
+from mrgen.files import open_to_read, write_json
 from mrgen.papers.brain_clustering import Location, Pair
 from mrgen.papers.brain_clustering.estimator import TABLE, Estimator
 from mrgen.protocols import Synthesis
 
-__all__ = ["DESCRIPTION", "ESTIMATOR", "fit"]
+__all__ = ["DESCRIPTION", "ESTIMATOR", "file_sums", "fit"]
 
 ESTIMATOR = Path("estimator") / TABLE  # below the run's folder
 DESCRIPTION = "description.json"
@@ -76,7 +77,18 @@ def fit(
             logger.log_metrics({"epoch": 0, "val/loss": means["val/mse_brain"], **means}, 0)
             logger.save()
     write_json(run_dir / DESCRIPTION, description)
-    estimator.save(run_dir / ESTIMATOR.parent)  # the last: a run that has it has finished
+    artefact = run_dir / ESTIMATOR.parent
+    estimator.save(artefact)  # a run that has it has finished; what is killed before the next line lacks sums alone
+    write_json(run_dir / DESCRIPTION, {**description, "artefact": file_sums(artefact)})
+
+
+def file_sums(folder: Path) -> dict[str, str]:
+    """SHA-256 of a folder's files by their names."""
+    sums = {}
+    for path in sorted(folder.iterdir()):
+        with open_to_read(path) as file:
+            sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    return sums
 
 
 def _errors(estimator: Estimator, subject: StoredSubject, names: Sequence[str], lookup: np.ndarray) -> dict[str, float]:

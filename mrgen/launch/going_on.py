@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import Timer
+from torch import Tensor
 
 from mrgen.callbacks.preemption import RESUME
 from mrgen.callbacks.provenance import KEY
@@ -21,10 +24,11 @@ from mrgen.files import remove_leftovers
 from mrgen.launch.checkpoints import read_checkpoint
 from mrgen.launch.configs import read_config
 from mrgen.launch.instantiate import plain
+from mrgen.launch.memory import out_of_memory
 from mrgen.launch.status import is_alive, read_status
 from mrgen.launch.sweeps.resuming import is_free
 
-__all__ = ["SameStart", "Saved", "check_config", "is_finished", "newest", "only_here"]
+__all__ = ["Restored", "SameStart", "Saved", "check_config", "is_finished", "newest", "only_here"]
 
 REMEDY = (
     "put back a copy that is whole, or remove the file: the run goes on from the other one in that folder, or starts "
@@ -97,11 +101,92 @@ def _steps(content: Mapping[str, Any]) -> int | None:
         stepped = loop["epoch_loop.state_dict"]["_batches_that_stepped"]
         numbers = [stepped, loop["epoch_progress"]["current"]["processed"], content["epoch"], content["global_step"]]
         lists = [content["optimizer_states"], content["lr_schedulers"]]
-        mappings = [content["callbacks"], content[KEY].get("training", {})]
+        callbacks, version = content["callbacks"], content["pytorch-lightning_version"]
+        mappings = [callbacks, *callbacks.values(), *loop.values(), content[KEY].get("training", {})]
     except (KeyError, TypeError, AttributeError):
         return None
-    kinds = ((numbers, int), (lists, list), (mappings, Mapping))
-    return stepped if all(isinstance(value, kind) for values, kind in kinds for value in values) else None
+    kinds = ((lists, list), (mappings, Mapping), ([version], str))
+    complete = all(isinstance(value, kind) for values, kind in kinds for value in values)
+    return stepped if complete and all(type(number) is int and number >= 0 for number in numbers) else None
+
+
+class Restored(Callback):
+    """Sees to it that Lightning takes all of a checkpoint's state: what is missing it would start anew in silence.
+
+    Args:
+        path: of the checkpoint.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._content: dict[str, Any] = {}
+        self._complete = False
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._content = checkpoint
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compares with the optimizers and schedules that there are, which are not restored yet."""
+        content, self._content = self._content, {}
+        # A time limit, which is counted anew, may be one of this start alone.
+        keys = [each.state_key for each in trainer.callbacks if each.state_dict() and not isinstance(each, Timer)]  # type: ignore[attr-defined]
+        if lacking := [key for key in keys if key not in content["callbacks"]]:
+            raise self._refusal(f"no state of {lacking[0].partition('{')[0]}")
+        groups = [each.get("param_groups") if isinstance(each, dict) else None for each in content["optimizer_states"]]
+        if not _alike(groups, [each.state_dict()["param_groups"] for each in trainer.optimizers]):
+            raise self._refusal("other optimizers than the model has")
+        if not all(map(_fit, content["optimizer_states"], trainer.optimizers)):
+            raise self._refusal("an optimizer's state that does not fit its weights")
+        if not _alike(content["lr_schedulers"], [each.scheduler.state_dict() for each in trainer.lr_scheduler_configs]):
+            raise self._refusal("other schedules of the learning rate than the model has")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._complete = True
+
+    def _refusal(self, found: str) -> UserError:
+        return UserError(f"{self.path}: found {found}, expected what mrgen-train wrote; {REMEDY}")
+
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Around a training: whatever a library says of the checkpoint before the first batch becomes a UserError."""
+        try:
+            yield
+        except Exception as error:
+            if self._complete or isinstance(error, UserError) or out_of_memory(error):
+                raise
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise self._refusal(f"a state that cannot be restored ({said})") from error
+
+
+def _alike(found: Any, expected: Any) -> bool:
+    """Whether a restored state has the form of the one that is there, whatever its numbers."""
+    if isinstance(expected, Mapping):
+        return (
+            isinstance(found, Mapping)
+            and found.keys() == expected.keys()
+            and all(_alike(found[key], value) for key, value in expected.items())
+        )
+    if isinstance(expected, list | tuple):
+        return isinstance(found, list | tuple) and len(found) == len(expected) and all(map(_alike, found, expected))
+    if isinstance(expected, bool | str):
+        return isinstance(found, type(expected))
+    if isinstance(expected, int | float):
+        return type(found) in (int, float) and found == found  # no NaN
+    return True  # None, which stands for anything that comes later
+
+
+def _fit(state: Mapping[str, Any], optimizer: Any) -> bool:
+    """Whether what an optimizer keeps of each weight has the weight's shape, or is one number; and all of one kind."""
+    weights = dict(enumerate(weight for group in optimizer.param_groups for weight in group["params"]))
+    kept = state.get("state")
+    if not isinstance(kept, Mapping) or not all(isinstance(of_one, Mapping) for of_one in kept.values()):
+        return False
+    shapes_fit = all(
+        key in weights and (not isinstance(value, Tensor) or value.shape in (torch.Size(), weights[key].shape))
+        for key, of_one in kept.items()
+        for value in of_one.values()
+    )
+    return shapes_fit and len({frozenset(of_one) for of_one in kept.values()}) <= 1
 
 
 class SameStart(Callback):

@@ -131,7 +131,10 @@ def check_arguments(target: str, called: Any, given: Mapping[str, Any]) -> None:
     _check_types(target, called, given)
     valid = [name for name in parameters if name != "self"]
     if unknown := [key for key in given if key not in valid]:
-        raise UserError(f"{target} has no {', '.join(unknown)}; valid keys: {', '.join(valid)}")
+        named = ", ".join(name if name.isidentifier() else repr(name) for name in map(str, unknown))
+        raise UserError(
+            f"{target} has no {named}; " + (f"valid keys: {', '.join(valid)}" if valid else "it takes none")
+        )
 
 
 def _check(node: Any) -> None:
@@ -142,7 +145,8 @@ def _check(node: Any) -> None:
             try:
                 called = get_class(target) if target.rpartition(".")[2][:1].isupper() else get_method(target)
             except Exception as error:
-                raise UserError(f"_target_ {target} cannot be imported: {error}") from error
+                said = " ".join(str(error).split())
+                raise UserError(f"_target_ {target!r} cannot be imported: {said}") from error
             given = [key for key in node if key not in ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")]
             check_arguments(target, called, {key: node[key] for key in given})
         for value in node.values():

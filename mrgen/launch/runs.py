@@ -1,6 +1,7 @@
 """Finished runs, read back: the model as it was trained, its data config and its split."""
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -22,9 +23,9 @@ from mrgen.errors import UserError
 from mrgen.evaluation.inference import WholeSynthesizer
 from mrgen.files import read_json, read_metrics
 from mrgen.launch.build import MODELS, NORMALISATIONS, SAMPLINGS, build
-from mrgen.launch.checkpoints import check_description, read_checkpoint
+from mrgen.launch.checkpoints import check_description, load_weights, read_checkpoint
 from mrgen.launch.configs import read_config
-from mrgen.launch.fitting import DESCRIPTION, ESTIMATOR
+from mrgen.launch.fitting import DESCRIPTION, ESTIMATOR, file_sums
 from mrgen.launch.instantiate import plain
 from mrgen.launch.status import METRICS, read_status, seen_status
 from mrgen.launch.trainer import channels_last
@@ -104,9 +105,25 @@ class Run:
         if (slices := self.slices) is not None:
             return slices.box(shape, site)
         boxed = self._sampling.endswith(".BrainBox")
+        if boxed and not self.description["data"].get("box"):
+            raise UserError(
+                f"{self.checkpoint}: found no data.box in its description, expected that of a training by BrainBox; "
+                f"{REMEDY}"
+            )
         grid = getattr(self.model, "grid", None)
         divisor = int(getattr(self.model, "divisor", 1) if grid is None else grid)
         return surrounding_box(brain_box, self.description["data"]["box"] if boxed else (0, 0, 0), divisor)
+
+    def intensity_scale(self, modality: str) -> tuple[float, float]:
+        """(offset, factor) from values of a sequence to intensities. Raises UserError where they are not told."""
+        known = self.description["data"].get("intensity_scale", {})
+        if modality not in known:
+            raise UserError(
+                f"{self.checkpoint}: found no data.intensity_scale of {modality} in its description, expected an "
+                f"offset and a factor; {REMEDY}"
+            )
+        offset, factor = known[modality]
+        return offset, factor
 
     def synthesizer(self) -> Synthesizer:
         """The model as it is given whole volumes: networks see what they were trained to see, estimators the volume."""
@@ -225,7 +242,7 @@ def _load_network(checkpoint: Path, folder: Path) -> tuple[Any, dict[str, Any]]:
     if not isinstance(model, LightningModule):
         raise UserError(f"{checkpoint}: found {type(model).__name__} in it, expected a network; {REMEDY}")
     try:
-        model.load_state_dict(weights)
+        load_weights(model, weights)
     except RuntimeError as error:  # of another version of the network
         said = " ".join(str(error).split())[:300]
         raise UserError(
@@ -240,9 +257,33 @@ def _load_estimator(artefact: Path, folder: Path) -> tuple[Any, dict[str, Any]]:
     expected, remedy = f"what mrgen-train wrote beside {artefact}", "put back a copy that is whole, or fit anew"
     description = read_json(path, expected=expected, remedy=remedy)
     check_description(description, path, remedy=remedy)
+    _check_sums(description.get("artefact", {}), artefact.parent, path, remedy)
     estimator = build(description["model"], MODELS, where=path)
     if not isinstance(estimator, Estimator):
         raise UserError(
             f"{path}: found {type(estimator).__name__} in it, expected a method without a network; {remedy}"
         )
+    table = read_json(artefact, expected=f"a fitted {type(estimator).__name__}", remedy=remedy)
+    settings = table.get("settings") if isinstance(table, dict) else None
+    if not _same(settings, estimator.settings()):
+        raise UserError(
+            f"{artefact}: found settings of {settings!r:.200}, expected those of {path}, "
+            f"{estimator.settings()!r:.200}; {remedy}"
+        )
     return type(estimator).load(artefact.parent), description
+
+
+def _same(some: Any, others: Any) -> bool:
+    """Whether they are written alike, 5 and 5.0 or 1 and true are not."""
+    return json.dumps(some, sort_keys=True) == json.dumps(others, sort_keys=True)
+
+
+def _check_sums(sums: Any, folder: Path, path: Path, remedy: str) -> None:
+    """Raises UserError where a file of an artefact is not the one that was written; older descriptions name none."""
+    if not isinstance(sums, dict):
+        raise UserError(f"{path}: found an artefact of {sums!r:.60}, expected sums of its files; {remedy}")
+    found = file_sums(folder) if sums else {}
+    if others := [name for name, digest in sums.items() if found.get(name) != digest]:
+        raise UserError(
+            f"{folder}: found another {others[0]!r} than the one that {path.name} has the SHA-256 of; {remedy}"
+        )

@@ -1,5 +1,6 @@
 """From a resolved config to a finished run folder."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from mrgen.data.store import Store, read_cohort
 from mrgen.errors import UserError
 from mrgen.files import write_json
 from mrgen.launch.build import check_data
+from mrgen.launch.checkpoints import load_weights
 from mrgen.launch.cluster.slurm import requeue
 from mrgen.launch.configs import write_config
 from mrgen.launch.csv_logger import CsvLogger
 from mrgen.launch.fitting import ESTIMATOR, check, fit
-from mrgen.launch.going_on import SameStart, check_config, is_finished, newest, only_here
+from mrgen.launch.going_on import Restored, SameStart, check_config, is_finished, newest, only_here
 from mrgen.launch.instantiate import instantiate, plain
 from mrgen.launch.status import Outcome, check_metrics, has_begun, read_status, recorded
 from mrgen.launch.tracking import loggers, source_commit
@@ -172,7 +174,7 @@ def _train(conf: DictConfig, run_dir: Path, preemption: Preemption, outcome: Out
     _check_shapes(model, datamodule)
     if saved:
         try:
-            model.load_state_dict(saved.content["state_dict"])
+            load_weights(model, saved.content["state_dict"])
         except RuntimeError as error:
             raise UserError(
                 f"{saved.path} holds another network than the config describes; a resumed run keeps its model"
@@ -218,7 +220,9 @@ def _train(conf: DictConfig, run_dir: Path, preemption: Preemption, outcome: Out
         _keep_settings(conf, datamodule, run_dir)
         save_guides(learned, run_dir)
     path, saved = saved.path if saved else None, None  # its memory is wanted for the training
-    with loggers(conf, run_dir, [csv]) as tracked:
+    restored = Restored(path) if path else None
+    trainer.callbacks.extend([restored] if restored else [])  # type: ignore[attr-defined]
+    with loggers(conf, run_dir, [csv]) as tracked, restored.restoring() if restored else nullcontext():
         trainer.loggers = [DummyLogger()] if conf.trainer.get("fast_dev_run") else tracked
         trainer.fit(model, datamodule=datamodule, ckpt_path=path, weights_only=True)
         outcome.stopped = why_stopped(trainer)

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["AvgPool3d", "ConvBlock3d", "Dropout", "InstanceNorm3d"]
+__all__ = ["AvgPool3d", "ConvBlock3d", "Dropout", "InstanceNorm3d", "check_range"]
+
+
+def check_range(network: str, least: int, most: int, **numbers: int) -> None:
+    """Raises ValueError for a depth that no network has; building one of 40 levels would take all memory or days."""
+    for what, number in numbers.items():
+        if not least <= number <= most:
+            raise ValueError(f"{network}: {what} is {number}; expected {least} to {most}")
 
 
 class AvgPool3d(nn.Module):

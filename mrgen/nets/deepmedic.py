@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mrgen.nets.blocks import Dropout
+from mrgen.nets.blocks import Dropout, check_range
 
 __all__ = ["DeepMedic"]
 
@@ -123,6 +123,7 @@ class DeepMedic(nn.Module):
                 f"DeepMedic: factors are {list(factors)} and residual layers {list(residual)}; expected factors from "
                 f"2 on, and layers from 2 to {len(widths)}"
             )
+        check_range("DeepMedic", 1, 64, widths=len(widths), hidden=len(hidden) + 1, factors=len(factors) + 1)
         self.factors = (1, *factors)
         self.layers = len(widths)
         self.grid = math.lcm(*factors)

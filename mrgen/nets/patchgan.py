@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from mrgen.nets.blocks import check_range
+
 __all__ = ["PatchGAN"]
 
 
@@ -23,8 +25,7 @@ class PatchGAN(nn.Module):
     def __init__(self, in_channels: int, *, dims: int = 3, filters: int = 64, layers: int = 3):
         super().__init__()
         conv, norm = {2: (nn.Conv2d, nn.BatchNorm2d), 3: (nn.Conv3d, nn.BatchNorm3d)}[dims]
-        if layers < 1:
-            raise ValueError(f"PatchGAN needs at least 1 layer, got {layers}")
+        check_range("PatchGAN", 1, 10, layers=layers)
         widths = [filters * min(2**n, 8) for n in range(layers + 1)]  # 64, 128, 256, 512
 
         def stage(n: int) -> nn.Sequential:

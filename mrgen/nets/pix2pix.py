@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mrgen.nets.blocks import Dropout
+from mrgen.nets.blocks import Dropout, check_range
 
 __all__ = ["AdditiveUpsampling", "ResNetGenerator", "UNetGenerator", "as_in_training", "init_normal"]
 
@@ -110,8 +110,7 @@ class UNetGenerator(nn.Module):
     ):
         super().__init__()
         _check_filters("UNetGenerator", filters)
-        if downs < 2:
-            raise ValueError(f"UNetGenerator needs at least 2 downsamplings, got {downs}")
+        check_range("UNetGenerator", 2, 10, downs=downs)
         self.divisor = 2**downs
         widest = 8 * filters
         widths = [min(filters * 2**level, widest) for level in range(downs)]
@@ -185,6 +184,7 @@ class ResNetGenerator(nn.Module):
     ):
         super().__init__()
         _check_filters("ResNetGenerator", filters)
+        check_range("ResNetGenerator", 0, 64, blocks=blocks)
 
         def half(channels: int) -> list[nn.Module]:  # (B, n, X, Y, Z) -> (B, 2n, X/2, Y/2, Z/2)
             conv = CONV[dims](channels, 2 * channels, kernel_size=3, stride=2, padding=1, bias=False)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mrgen.nets.blocks import check_range
 from mrgen.nets.pix2pix import init_normal
 
 __all__ = ["LabelWiseDiscriminators", "SAMRGenerator", "SegmentationUNet2d"]
@@ -60,7 +61,9 @@ class SAMRGenerator(nn.Module):
         stretch_out: bool = True,
     ):
         super().__init__()
-        _check("SAMRGenerator", norm, filters=filters, cap=cap, downs=downs)
+        _check("SAMRGenerator", norm, filters=filters, cap=cap)
+        check_range("SAMRGenerator", 1, 10, downs=downs)
+        check_range("SAMRGenerator", 0, 64, blocks=blocks)
         self.divisor = 2**downs
         widths = [min(filters * 2**level, cap) for level in range(downs + 1)]
         wide = [2 * width if atlas_channels else width for width in widths]  # of what follows both encoders
@@ -124,9 +127,8 @@ class LabelWiseDiscriminators(nn.Module):
         norm: Norm = "batch",
     ):
         super().__init__()
-        _check(
-            "LabelWiseDiscriminators", norm, filters=filters, scales=scales, regions=1 if regions is None else regions
-        )
+        _check("LabelWiseDiscriminators", norm, filters=filters, regions=1 if regions is None else regions)
+        check_range("LabelWiseDiscriminators", 1, 8, scales=scales)
         self.regions, self.scales = regions, scales
         self.discriminators = nn.ModuleList(
             _PatchGAN(in_channels, filters, norm) for _ in range((regions or 1) * scales)
@@ -187,8 +189,7 @@ class SegmentationUNet2d(nn.Module):
     def __init__(self, in_channels: int, classes: int, *, filters: int = 64, downs: int = 5, norm: Norm = "batch"):
         super().__init__()
         _check("SegmentationUNet2d", norm, filters=filters)
-        if downs < 2:
-            raise ValueError(f"SegmentationUNet2d needs at least 2 downsamplings, got {downs}")
+        check_range("SegmentationUNet2d", 2, 10, downs=downs)
         self.divisor = 2**downs
         widths = [filters * min(2**level, 8) for level in range(downs)]
         bias = norm == "instance"  # as in pix2pix

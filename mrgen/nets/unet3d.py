@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mrgen.nets.blocks import AvgPool3d, ConvBlock3d, Dropout
+from mrgen.nets.blocks import AvgPool3d, ConvBlock3d, Dropout, check_range
 
 __all__ = ["RegressionBlock", "SegmentationBlock", "SegmentationUNet3d", "UNet3d"]
 
@@ -26,8 +26,7 @@ class UNet3d(nn.Module):
 
     def __init__(self, in_channels: int, *, filters: int = 32, levels: int = 4, dropout: float = 0.05):
         super().__init__()
-        if levels < 2:
-            raise ValueError(f"UNet3d needs at least 2 levels, got {levels}")
+        check_range("UNet3d", 2, 8, levels=levels)
         if filters < 1 or not 0 <= dropout < 1:
             raise ValueError(
                 f"UNet3d: filters is {filters} and dropout {dropout}; expected 1 or more, and 0 to below 1"

@@ -98,7 +98,7 @@ def test_a_composed_config_can_be_looked_at(mrgen: Script, tmp_path: Path):
         ("train", [PRESET, "target=t2", "model.extra_mri=t2"], "extra_mri is 't2'; expected nearest, null, or one of"),
         ("train", [PRESET, "model._target_=mrgen.papers.rsnet.Nope"], "_target_ mrgen.papers.rsnet.Nope cannot be imp"),
         ("train", [PRESET, "model._target_=nope.Nope"], "_target_ nope.Nope cannot be imported"),
-        ("train", [PRESET, "model.levels=1"], "UNet3d needs at least 2 levels, got 1"),
+        ("train", [PRESET, "model.levels=1"], "UNet3d: levels is 1; expected 2 to 8"),
         ("train", [PRESET, "model.lr=${nope}"], "Interpolation key 'nope' not found"),
         ("train", [PRESET, "model.lr=[1"], r"no viable alternative at input '\[1'"),
         ("train", ["experiment=rsnet/swap"], "rsnet-swap is a preset of mrgen-evaluate"),

@@ -70,12 +70,23 @@ def test_a_class_of_another_kind_is_refused():
         ({"filters": "many"}, "filters is 'many'; expected a whole number"),
         ({"fitlers": 4}, "UNet3d has no fitlers; valid keys"),
         ({"levels": -(10**30)}, "levels"),
+        ({"levels": 40}, "levels is 40; expected 2 to 8"),
+        ({"filters": 5 * 10**12}, r"memory ran out .*; in a training lower"),
+        ({"a\nb": 1}, r"UNet3d has no 'a\\nb'; valid keys"),
+        ({"_target_": "mrgen.nets.a\nb"}, r"found 'mrgen\.nets\.a\\nb'|asks for 'mrgen\.nets\.a\\nb'"),
+        ({"_target_": "mrgen.x\ny.Z"}, r"'mrgen\.x\\ny\.Z'"),
         ({"in_channels": None}, "in_channels is None"),
     ],
 )
 def test_what_a_constructor_refuses_is_a_sentence(change: dict[str, Any], said: str):
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=said) as raised:
         build({"_target_": UNET, "in_channels": 1, "filters": 2, "levels": 2} | change, MODELS, where="a.ckpt")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_class_without_arguments_says_that_it_takes_none():
+    with pytest.raises(UserError, match=r"MinMax has no q; it takes none$"):
+        build({"_target_": "mrgen.data.normalisation.MinMax", "q": 1}, NORMALISATIONS, where="a.ckpt")
 
 
 # ----- what runs nothing ---------------------------------------------------------------------------------------------

@@ -175,9 +175,14 @@ def test_what_killed_processes_were_writing_is_removed_and_nothing_else(tmp_path
 # ----- reading -------------------------------------------------------------------------------------------------------
 
 
-def trained(path: Path, **changes: Any) -> Path:
+def described(**changes: Any) -> dict[str, Any]:
+    """What a checkpoint says of itself, its data with changes."""
     data = {"modalities": ["t1"], "normalisation": {"_target_": "mrgen.data.normalisation.ZScore"}}
-    content = {KEY: {"model": {"_target_": "mrgen.X"}, "data": data}, "state_dict": {"weight": torch.arange(64.0)}}
+    return {"model": {"_target_": "mrgen.X"}, "data": {**data, **changes}}
+
+
+def trained(path: Path, **changes: Any) -> Path:
+    content = {KEY: described(), "state_dict": {"weight": torch.arange(64.0)}}
     torch.save({**content, **changes}, path)
     return path
 
@@ -233,6 +238,25 @@ def piped(path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
+        *(
+            (lambda path, box=box: trained(path, **{KEY: described(box=box)}), r"data\.box is")
+            for box in ([1, 2], [-8, -8, -8], [8, 8, 0], [10**6] * 3, [8, 8, 8.0], [True, 8, 8])
+        ),
+        *(
+            (lambda path, pair=pair: trained(path, **{KEY: described(intensity_scale={"t1": pair})}), "intensity_scale")
+            for pair in (
+                [torch.nan, 1],
+                [0, torch.inf],
+                [5, 0],
+                [5, -1],
+                [10**400, 1],
+                [1],
+                [1, 2, 3],
+                {},
+                "ab",
+                [0, True],
+            )
+        ),
         (repacked, "BadZipFile"),  # of a few bytes any number can be unpacked
         (piped, "a pipe or a device"),  # for which it would wait
         (lambda path: trained(path, state_dict={"weight": torch.tensor([1, torch.nan])}), "weight holds .* not finite"),

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -171,13 +172,44 @@ def test_the_digest_covers_the_tables_too(tmp_path: Path, run_dir: Path):
     import shutil
 
     shutil.copytree(run_dir, tmp_path / "copy")
+    path = tmp_path / "copy" / "description.json"
+    described = json.loads(path.read_text())
     copy = load_run(tmp_path / "copy")
     assert copy.digest() == load_run(run_dir).digest()
     with np.load(tmp_path / "copy" / "estimator" / "entries.npz") as file:
         arrays = {**file}
     arrays["key"] = arrays["key"] + 1e-3
     np.savez_compressed(tmp_path / "copy" / "estimator" / "entries.npz", **arrays)
+    with pytest.raises(
+        UserError, match=r"found another 'entries\.npz' than the one that description\.json has the SHA"
+    ):
+        load_run(tmp_path / "copy")
+    del described["artefact"]  # of older versions
+    path.write_text(json.dumps(described))
+    assert isinstance(load_run(tmp_path / "copy").model, BrainClustering)
     assert copy.digest() != load_run(run_dir).digest()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("source", 1e308), ("target", ""), ("macro", float("nan")), ("macro", 5.0), ("macro", 10**400)),
+        *(("remove_outliers", "a\nb"), ("remove_outliers", 1), ("width", 6), ("other", 1)),
+    ],
+)
+def test_settings_are_those_that_the_description_has(tmp_path: Path, run_dir: Path, key: str, value: Any):
+    import shutil
+
+    shutil.copytree(run_dir, tmp_path / "copy")
+    table, description = tmp_path / "copy" / "estimator" / "estimator.json", tmp_path / "copy" / "description.json"
+    content, described = json.loads(table.read_text()), json.loads(description.read_text())
+    del described["artefact"]  # of older versions
+    description.write_text(json.dumps(described))
+    assert isinstance(load_run(tmp_path / "copy").model, BrainClustering)
+    table.write_text(json.dumps({**content, "settings": {**content["settings"], key: value}}))
+    with pytest.raises(UserError, match=r"estimator\.json: found .*") as raised:
+        load_run(tmp_path / "copy")
+    assert "\n" not in str(raised.value)
 
 
 def test_constant_is_the_mean_of_the_training_targets(tmp_path: Path, phantom_store: Path):

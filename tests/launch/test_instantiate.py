@@ -54,7 +54,7 @@ def test_a_target_that_takes_any_key_is_not_checked():
 
 @pytest.mark.parametrize("target", ["nope.Nope", "mrgen.data.crops.Nope", "mrgen.nope.Nope", "torch.nn.nope", "Nope"])
 def test_an_unknown_target_is_named(target: str):
-    with pytest.raises(UserError, match=f"_target_ {target} cannot be imported"):
+    with pytest.raises(UserError, match=f"_target_ '{target}' cannot be imported"):
         instantiate({"_target_": target})
 
 
@@ -64,7 +64,7 @@ def test_a_missing_argument_is_named():
 
 
 def test_the_constructors_own_refusal_is_a_sentence():
-    with pytest.raises(UserError, match="UNet3d needs at least 2 levels, got 1"):
+    with pytest.raises(UserError, match="UNet3d: levels is 1; expected 2 to 8"):
         instantiate({"_target_": UNET, "in_channels": 1, "levels": 1})
 
 

@@ -195,6 +195,29 @@ def test_weights_that_do_not_fit_are_named(run_dir: Path):
         load_run(run_dir)
 
 
+@pytest.mark.parametrize("kind", [torch.complex64, torch.int64, torch.bool])
+def test_weights_of_another_kind_of_numbers_are_not_cast(run_dir: Path, kind: torch.dtype):
+    def cast(content: dict[str, Any]) -> None:
+        key = next(key for key, weight in content["state_dict"].items() if weight.is_floating_point())
+        content["state_dict"][key] = content["state_dict"][key].to(kind)
+
+    changed(run_dir / "checkpoints" / "best.ckpt", cast)
+    with pytest.raises(UserError, match=rf"best\.ckpt: its weights do not fit .*is of {kind}, and the model's of"):
+        load_run(run_dir)
+
+
+def test_a_description_that_lacks_what_a_synthesis_needs_is_one_sentence(run_dir: Path):
+    """Older files may lack a key, and a run of another sampling has no box; who needs one says so."""
+    path = run_dir / "checkpoints" / "best.ckpt"
+    changed(path, lambda content: content[KEY]["data"].update(box=[], intensity_scale={"t1": [0.0, 1.0]}))
+    run = load_run(run_dir)
+    assert run.intensity_scale("t1") == (0, 1)
+    with pytest.raises(UserError, match=r"best\.ckpt: found no data\.intensity_scale of t2 in its description"):
+        run.intensity_scale("t2")
+    with pytest.raises(UserError, match=r"best\.ckpt: found no data\.box in its description"):
+        run.view([(0, 8)] * 3, (16, 16, 16), None)
+
+
 def test_a_synthesis_on_another_scale_than_its_data_is_refused(rsnet_run: Path, monkeypatch: pytest.MonkeyPatch):
     """Pix2Pix answers in [0, 1]; read as z-scores, its files and its swap would be wrong without a word."""
     run = load_run(rsnet_run)

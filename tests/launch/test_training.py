@@ -475,6 +475,47 @@ def test_a_last_checkpoint_that_cannot_be_read_is_one_sentence(
         resumed(tmp_path / "run", "trainer.max_epochs=2")
 
 
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda c: c.update(optimizer_states=[]), "other optimizers"),
+        (lambda c: c.update(optimizer_states=[{}]), "other optimizers"),
+        (lambda c: c["optimizer_states"][0]["param_groups"][0].update(lr="x"), "other optimizers"),
+        (lambda c: c["optimizer_states"][0]["state"][0].update(exp_avg=torch.zeros(7)), "does not fit its weights"),
+        (lambda c: c["optimizer_states"][0]["state"][0].pop("exp_avg"), "does not fit its weights"),
+        (lambda c: c.update(lr_schedulers=[]), "other schedules"),
+        (lambda c: c["lr_schedulers"][0].update(last_epoch="x"), "other schedules"),
+        (lambda c: c.update(callbacks={}), "no state of Checkpoint"),
+        (lambda c: c["callbacks"].update({next(iter(c["callbacks"])): [1]}), "no state of a training"),
+        (lambda c: c["callbacks"].update({next(iter(c["callbacks"])): {"x": 1}}), "cannot be restored .KeyError"),
+        (lambda c: c.pop("pytorch-lightning_version"), "no state of a training"),
+        (lambda c: c.update({"pytorch-lightning_version": None}), "no state of a training"),
+        (lambda c: c.update({"pytorch-lightning_version": "x"}), "cannot be restored .InvalidVersion"),
+        (lambda c: c["loops"]["fit_loop"].update({"epoch_loop.batch_progress": 3}), "no state of a training"),
+        (lambda c: c["loops"]["fit_loop"].update({"epoch_loop.batch_progress": {}}), "cannot be restored"),
+        (lambda c: c["loops"]["fit_loop"]["epoch_loop.state_dict"].update(_batches_that_stepped=-7), "no state of a"),
+        (lambda c: c.update(epoch=True), "no state of a training"),
+    ],
+)
+def test_a_last_checkpoint_of_which_a_part_is_another_is_one_sentence(
+    rsnet_run: Path, tmp_path: Path, spoil: Callable[[dict[str, Any]], Any], said: str
+):
+    """Whole as a file, and not what a training can go on from: nothing of its state is started anew in silence."""
+    shutil.copytree(rsnet_run, tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    spoil(content)
+    torch.save(content, last)
+    with pytest.raises(UserError, match=rf"last\.ckpt: found .*{said}.*; put back"):
+        resumed(tmp_path / "run", "trainer.max_epochs=2")
+
+
+def test_a_learning_rate_beyond_what_an_optimizer_can_count_with_is_one_sentence(tmp_path: Path, phantom_store: Path):
+    """1e38 is a number of single precision, and Adam's first step of it, ten times as long, is none."""
+    with pytest.raises(UserError, match=r"the learning rate is 1e\+38; expected .*lower model\.lr"):
+        tiny_run(tmp_path / "run", phantom_store, "trainer.max_epochs=1", "model.lr=1e38")
+
+
 def test_other_ranks_leave_the_status_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("mrgen.launch.training.rank_zero_only.rank", 1)
     with pytest.raises(UserError, match="run mrgen-prepare"):

@@ -1,8 +1,14 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
 from mrgen.nets.blocks import AvgPool3d, Dropout, InstanceNorm3d
+from mrgen.nets.deepmedic import DeepMedic
+from mrgen.nets.patchgan import PatchGAN
+from mrgen.nets.pix2pix import ResNetGenerator, UNetGenerator
+from mrgen.nets.samr import LabelWiseDiscriminators, SAMRGenerator, SegmentationUNet2d
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last_3d}
 
@@ -105,3 +111,21 @@ def test_dropout_is_repeatable_by_seed_and_off_in_eval_mode():
     assert not Dropout(1.0)(x).any()
     half = Dropout(0.4)(x.bfloat16())
     assert half.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: UNetGenerator(1, filters=4, downs=40),
+        lambda: ResNetGenerator(1, filters=4, blocks=10**6),
+        lambda: SAMRGenerator(labels=2, sequences=1, atlas_channels=0, filters=4, downs=40),
+        lambda: SAMRGenerator(labels=2, sequences=1, atlas_channels=0, filters=4, blocks=10**6),
+        lambda: SegmentationUNet2d(1, 2, filters=4, downs=40),
+        lambda: LabelWiseDiscriminators(in_channels=1, filters=4, scales=10**6),
+        lambda: PatchGAN(1, filters=4, layers=40),
+        lambda: DeepMedic(1, 2, widths=[2] * 1000),
+    ],
+)
+def test_a_depth_that_no_network_has_is_refused_before_it_is_built(build: Callable[[], nn.Module]):
+    with pytest.raises(ValueError, match=r"is \d+; expected \d to \d+"):
+        build()

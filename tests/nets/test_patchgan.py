@@ -28,7 +28,7 @@ def test_the_map_has_one_logit_a_patch():
         assert PatchGAN(2)(torch.empty(1, 1, 128, 64, 24), torch.empty(1, 1, 128, 64, 24)).shape == (1, 1, 14, 6, 1)
         assert PatchGAN(5, dims=2)(torch.empty(3, 4, 256, 256), torch.empty(3, 1, 256, 256)).shape == (3, 1, 30, 30)
         assert PatchGAN(2, layers=1)(torch.empty(1, 1, 6, 6, 6), torch.empty(1, 1, 6, 6, 6)).shape == (1, 1, 1, 1, 1)
-    with pytest.raises(ValueError, match="at least 1 layer"):
+    with pytest.raises(ValueError, match=r"layers is .*; expected 1 to 10"):
         PatchGAN(2, layers=0)
 
 

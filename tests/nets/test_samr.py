@@ -180,7 +180,7 @@ def test_generator_says_what_does_not_fit():
         narrow(atlas_channels=0)(one_hot(), torch.empty(2, 9, 16, 16))
     with pytest.raises(ValueError, match="norm is 'layer'; expected one of batch, instance"):
         narrow(norm="layer")
-    with pytest.raises(ValueError, match="downs is 0; expected 1 or more"):
+    with pytest.raises(ValueError, match="downs is 0; expected 1 to 10"):
         narrow(downs=0)
 
 
@@ -232,7 +232,7 @@ def test_every_weight_of_the_unet_learns_and_logits_come_out(norm):
 def test_unet_says_what_does_not_fit():
     with pytest.raises(ValueError, match=r"divisible by 32, got \(64, 48\)"):
         SegmentationUNet2d(1, 2, filters=2)(torch.empty(1, 1, 64, 48))
-    with pytest.raises(ValueError, match="at least 2 downsamplings, got 1"):
+    with pytest.raises(ValueError, match="downs is 1; expected 2 to 10"):
         SegmentationUNet2d(1, 2, downs=1)
     assert SegmentationUNet2d(1, 2, filters=2)(torch.randn(1, 1, 32, 32)).isfinite().all()  # 1 × 1 innermost
 

@@ -30,9 +30,10 @@ def test_an_axis_that_pooling_would_cut_is_refused(size):
         UNet3d(1, filters=2)(torch.rand(1, 1, *size))
 
 
-def test_one_level_is_no_unet():
-    with pytest.raises(ValueError, match="at least 2 levels"):
-        UNet3d(1, levels=1)
+@pytest.mark.parametrize("levels", [1, 9, 40])
+def test_one_level_is_no_unet_and_forty_are_refused_before_they_are_built(levels: int):
+    with pytest.raises(ValueError, match=f"levels is {levels}; expected 2 to 8"):
+        UNet3d(1, levels=levels)
 
 
 def test_every_level_and_every_skip_reaches_the_output():

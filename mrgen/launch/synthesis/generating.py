@@ -173,7 +173,7 @@ class _Cohort:
         self._slices, self._wanted = slices, _wanted(conf, self.training)
         self._in_vain = 0  # subjects one after the other
         self.guides = run.guides
-        self.scale = {name: run.description["data"]["intensity_scale"][name] for name in run.model.modalities}
+        self.scale = {name: run.intensity_scale(name) for name in run.model.modalities}
         self.known = known_ends(labelled, self.scale, getattr(run.normalisation, "top", None))
         self.device = choose_device(conf.device)
         self.precision = inference_precision(conf.precision, self.device)

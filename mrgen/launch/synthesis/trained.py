@@ -104,7 +104,7 @@ class TrainedMethod:
             run.check_scale()
             target = model.targets[0]
             self.makes, self.images = (target,), (f"{target}_synthetic", f"{target}_variance")
-            self._offset, self._factor = run.description["data"]["intensity_scale"][target]
+            self._offset, self._factor = run.intensity_scale(target)
         if segments:
             if hasattr(model, "check_trained"):  # in several stages
                 model.check_trained()
@@ -233,7 +233,13 @@ class TrainedMethod:
             return nifti_bytes(to_orientation(volume, scans.affine), scans.affine, title, scans.header)
 
         def in_intensities(values: Tensor, offset: float, factor: float) -> np.ndarray:
-            volume = offset + factor * values[0, 0].float().numpy()
+            with np.errstate(over="ignore", invalid="ignore"):  # which is looked at here
+                volume = np.float32(offset) + np.float32(factor) * values[0, 0].float().numpy()
+            if not np.isfinite(volume).all():
+                raise UserError(
+                    f"{scans.id}: intensities of {offset} + {factor} · the network's values are beyond what a file "
+                    "holds; put back a checkpoint that is whole"
+                )
             shown = scans.brain
             if self._normalisation.outside is None:
                 shown, volume = _within(scans.box, volume.shape), np.maximum(volume, 0)
@@ -246,7 +252,7 @@ class TrainedMethod:
             mean = in_intensities(made.synthesis.mean, self._offset, self._factor)
             images[f"{target}_synthetic"] = nifti(mean, f"synthetic {target}")
             if made.synthesis.variance is not None:
-                variance = in_intensities(made.synthesis.variance, 0, self._factor**2)
+                variance = in_intensities(made.synthesis.variance, 0, self._factor * self._factor)
                 images[f"{target}_variance"] = nifti(variance, f"synthetic {target}, variance")
             scale = {"offset": self._offset, "factor": self._factor}
             record |= {"target": target, "intensity_scale": scale}

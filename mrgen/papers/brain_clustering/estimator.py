@@ -125,7 +125,8 @@ class Estimator(ABC):
         try:
             kind, version, settings, state = (table[key] for key in ("kind", "version", "settings", "state"))
             if (kind, version) != (cls.__name__, VERSION):
-                raise UserError(f"{folder}: found {kind} {version}, expected {cls.__name__} {VERSION}; fit anew")
+                found = f"{kind} {version}" if f"{kind}{version}".isalnum() else repr((kind, version))
+                raise UserError(f"{folder}: found {found:.80}, expected {cls.__name__} {VERSION}; fit anew")
             model = cls(**settings)
             model._load_state(folder, state)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:

@@ -176,6 +176,7 @@ def write_checkpoint(path: Path, steps: int) -> None:
     content = {
         "epoch": 0,
         "global_step": steps,
+        "pytorch-lightning_version": pl.__version__,
         KEY: {"model": {"_target_": "mrgen.papers.rsnet.RSNet"}, "data": data},
         **lists,
     }

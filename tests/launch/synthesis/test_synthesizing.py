@@ -339,3 +339,13 @@ def test_a_file_of_somebody_else_is_left_as_it_is(rsnet_run: Path, phantom_cohor
     assert theirs.read_text() == "by hand"
     assert f"{A}: {theirs} is there, and mrgen-synthesize did not write it; move it away" in capsys.readouterr().out
     assert values(output, B).any()
+
+
+def test_intensities_that_no_file_holds_are_refused_before_one_is_written(
+    rsnet_run: Path, phantom_cohort: Path, tmp_path: Path
+):
+    """An offset of 1e300 is finite, and infinite in the file's single precision."""
+    run = described(shutil.copytree(rsnet_run, tmp_path / "run"), intensity_scale={"t2": [1e300, 1.0]})
+    with pytest.raises(UserError, match="beyond what a file holds"):
+        made(run, copied(phantom_cohort, tmp_path / "scans", A), tmp_path / "out", *ONE_PASS)
+    assert not list((tmp_path / "out").glob("**/*.nii.gz"))
