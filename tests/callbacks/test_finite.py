@@ -50,7 +50,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_as_failed(tmp_path: Path, phanto
     with spoilt("losses", at(1, 1), infinite), pytest.raises(UserError, match=told) as raised:
         tiny_run(run, phantom_store, "trainer.max_epochs=3", "data.steps_per_epoch=3")
     assert "in step 4 " in str(raised.value)  # from 0 on: three of the first epoch, and the second of the next one
-    assert "a lower model.lr or trainer.gradient_clip_val=1, or look" in str(raised.value)
+    assert "a lower model.lr or +trainer.gradient_clip_val=1, or look" in str(raised.value)
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "failed"
     assert "not finite in step 4" in status["reason"]

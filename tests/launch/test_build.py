@@ -56,7 +56,7 @@ def test_transforms_are_built_inside_of_each_other():
 
 def test_a_class_of_another_kind_is_refused():
     with pytest.raises(
-        UserError, match=r"^a\.ckpt: found mrgen\.data\.normalisation\.ZScore, expected a class of mrgen"
+        UserError, match=r"^a\.ckpt: found 'mrgen\.data\.normalisation\.ZScore', expected a class of mrgen"
     ):
         build(ZSCORE, MODELS, where="a.ckpt")
     with pytest.raises(UserError, match=r"^a\.ckpt: found None, expected a class of mrgen\.data\.crops or"):

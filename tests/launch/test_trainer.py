@@ -291,7 +291,6 @@ def test_optuna_searches_what_a_preset_says(mrgen: Script, tmp_path: Path, phant
     assert best["best_params"]["model.lr"] == pytest.approx(rates[values.index(min(values))])
 
 
-@pytest.mark.usefixtures("stand_in")
 @pytest.mark.parametrize("name", ["/x/..", "/x/notes", 3, None])
 def test_a_checkpoint_names_no_other_file_as_one(tmp_path: Path, name: Any):
     """Lightning would remove it, with all that is in it, as soon as there is a better one."""
@@ -303,6 +302,7 @@ def test_a_checkpoint_names_no_other_file_as_one(tmp_path: Path, name: Any):
     assert best.best_model_path == str(tmp_path / "checkpoints" / "best.ckpt")
 
 
+@pytest.mark.usefixtures("stand_in")
 def test_a_grid_of_presets_is_one_sweep(mrgen: Script, tmp_path: Path):
     called = mrgen("train", "-m", "experiment=rsnet/methods_grid", f"hydra.sweep.dir='{tmp_path}/sweep'")
     assert called.code == 0, called.err
