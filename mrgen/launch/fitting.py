@@ -1,6 +1,8 @@
 """Methods without a network: learned in one pass over the training subjects, kept as an artefact."""
 
+import errno
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ __all__ = ["DESCRIPTION", "ESTIMATOR", "file_sums", "fit"]
 
 ESTIMATOR = Path("estimator") / TABLE  # below the run's folder
 DESCRIPTION = "description.json"
+LARGEST = 2**34  # bytes of a file of an artefact: tables, and scans that a search looks through
 
 
 def check(estimator: Estimator, datamodule: CohortDataModule) -> None:
@@ -84,11 +87,15 @@ def fit(
 
 def file_sums(folder: Path) -> dict[str, str]:
     """SHA-256 of a folder's files by their names."""
-    sums = {}
-    for path in sorted(folder.iterdir()):
-        with open_to_read(path) as file:
-            sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-    return sums
+    return {path.name: file_sum(path) for path in sorted(folder.iterdir())}
+
+
+def file_sum(path: Path) -> str:
+    """SHA-256 of a file. Raises OSError where it is none, or larger than any artefact is."""
+    with open_to_read(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > LARGEST:
+            raise OSError(errno.EFBIG, f"{size:,} bytes", str(path))
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def _errors(estimator: Estimator, subject: StoredSubject, names: Sequence[str], lookup: np.ndarray) -> dict[str, float]:

@@ -25,7 +25,7 @@ from mrgen.files import read_json, read_metrics
 from mrgen.launch.build import MODELS, NORMALISATIONS, SAMPLINGS, build
 from mrgen.launch.checkpoints import check_description, load_weights, read_checkpoint
 from mrgen.launch.configs import read_config
-from mrgen.launch.fitting import DESCRIPTION, ESTIMATOR, file_sums
+from mrgen.launch.fitting import DESCRIPTION, ESTIMATOR, file_sum
 from mrgen.launch.instantiate import plain
 from mrgen.launch.status import METRICS, read_status, seen_status
 from mrgen.launch.trainer import channels_last
@@ -282,8 +282,12 @@ def _check_sums(sums: Any, folder: Path, path: Path, remedy: str) -> None:
     """Raises UserError where a file of an artefact is not the one that was written; older descriptions name none."""
     if not isinstance(sums, dict):
         raise UserError(f"{path}: found an artefact of {sums!r:.60}, expected sums of its files; {remedy}")
-    found = file_sums(folder) if sums else {}
-    if others := [name for name, digest in sums.items() if found.get(name) != digest]:
-        raise UserError(
-            f"{folder}: found another {others[0]!r} than the one that {path.name} has the SHA-256 of; {remedy}"
-        )
+    for name, digest in sums.items():
+        try:
+            same = file_sum(folder / Path(name).name) == digest
+        except OSError as error:
+            raise UserError(f"{folder / name}: cannot be read ({error.strerror}); {remedy}") from None
+        if not same:
+            raise UserError(
+                f"{folder}: found another {name!r} than the one that {path.name} has the SHA-256 of; {remedy}"
+            )
