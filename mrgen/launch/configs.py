@@ -18,7 +18,9 @@ REMEDY = "put back a copy that is whole"
 HIDDEN = ".hydra"  # Hydra's folder
 FOREIGN = ("hydra", "defaults")  # launchers, callbacks, other configs: no config of a run has them
 # What every config has, a run's own and Hydra's.
-KINDS: dict[str, type] = {"name": str, "model": Mapping, "data": Mapping, "trainer": Mapping}
+KINDS: dict[str, Any] = {"name": str | int | float, "model": Mapping, "data": Mapping, "trainer": Mapping}
+# And what it may have; a run that was called 7 has a number for its name.
+GROUPS = ("augmentation", "callbacks", "launch", "tracking")
 
 
 def find_config(run_dir: Path) -> Path | None:
@@ -66,6 +68,8 @@ def _wrong(content: Any) -> str | None:
     key = next((key for key, kind in KINDS.items() if not isinstance(content[key], kind)), None)
     if key is not None:
         return f"{key}: {content[key]!s:.60}"
+    if wrong := [key for key in GROUPS if not isinstance(content.get(key) or {}, Mapping)]:
+        return f"{wrong[0]}: {content[wrong[0]]!s:.60}"
     sampling = content["data"].get("sampling")
     if not isinstance(sampling, Mapping) or not isinstance(sampling.get("_target_"), str):
         return "no data.sampling with a _target_"

@@ -65,7 +65,10 @@ def weights(run: str):
                 found["weights"] = f"damaged: {type(error).__name__}"
         for name in ("metrics.csv", "split.json"):
             if (folder / name).is_file():
-                found[name] = _digest(content(folder / name))
+                try:
+                    found[name] = _digest(content(folder / name))
+                except OSError as error:
+                    found[name] = f"damaged: {type(error).__name__}"
         return found
 
     return product

@@ -24,6 +24,11 @@ def test_a_saved_config_comes_back(tmp_path: Path):
     assert read_config(tmp_path / "config.yaml") == RUN
 
 
+def test_a_run_may_be_called_by_a_number(tmp_path: Path):
+    (tmp_path / "config.yaml").write_bytes(PLAIN.replace(b"name: x", b"name: 7"))
+    assert read_config(tmp_path / "config.yaml").name == 7
+
+
 def test_the_runs_own_is_taken_before_hydras(tmp_path: Path):
     (tmp_path / ".hydra").mkdir()
     for path in (tmp_path / ".hydra" / "config.yaml", tmp_path / "config.yaml"):
@@ -57,6 +62,7 @@ def test_references_are_data_in_hydras_alone(tmp_path: Path):
         (PLAIN + b"a: ${oc.env:HOME}", "expected values"),
         (PLAIN + b"callbacks: {x: {_target_: os.system}}", "asks for 'os.system'"),
         (PLAIN.replace(b"model:", b"modell:"), "found no model"),
+        (PLAIN + b"tracking: true\n", "found tracking: True"),
         (b"[" * 100_000, "more than 50 levels"),
     ],
 )
