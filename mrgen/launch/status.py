@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mrgen.errors import Preempted, UserError
-from mrgen.files import read_json, write_json
+from mrgen.files import read_bytes, read_json, write_json
 from mrgen.launch.memory import out_of_memory
 
 __all__ = [
@@ -159,7 +159,10 @@ def recorded(run_dir: Path, *, command: str, enabled: bool = True) -> Iterator[O
 def digest_of_metrics(run_dir: Path) -> str:
     """SHA-256 of ``metrics.csv``, which a finished run keeps in its status; of nothing where there is none."""
     path = run_dir / METRICS
-    return hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
+    if not os.path.lexists(path):
+        return hashlib.sha256(b"").hexdigest()
+    remedy = "put back a copy that is whole, or remove status.json: then the rows that are there count"
+    return hashlib.sha256(read_bytes(path, expected="a run's metrics", remedy=remedy)).hexdigest()
 
 
 def check_metrics(run_dir: Path, status: Mapping[str, Any]) -> None:
