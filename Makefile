@@ -24,7 +24,7 @@ test: $(READY)  ## the fast suite, a process a core up to four
 test-slow: $(READY)  ## the slow tests alone
 	$(BIN)/python -m pytest -m slow
 
-faults: $(READY)  ## 2,000 damaged files, hostile ones, 200 kills, full disks: the table of docs/reliability.md (about 40 minutes on 2 cores)
+faults: $(READY)  ## 2,000 damaged files, hostile ones, 200 kills, full disks: the table of docs/reliability.md (tens of minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.run build/faults --report docs/reliability.md --findings build/faults/findings.md
 
 lint: $(READY)  ## ruff, and formatting as it should be

@@ -229,6 +229,8 @@ class Atlas:
             known: dict[str, Any] = {
                 name: tuple(table[name]) for name in ("modalities", "patients", "subjects", "shape")
             }
+            if not isinstance(table["one_space"], bool) or not isinstance(table["scale"], str):
+                raise ValueError(f"one_space {table['one_space']!r:.40} and scale {table['scale']!r:.40}")
             atlas = cls(**arrays, **known, one_space=table["one_space"], scale=table["scale"])
             sequences = len(atlas.modalities)
             if (

@@ -220,6 +220,12 @@ def test_a_missing_damaged_or_strange_atlas_says_so(three, tmp_path):
     for content in ("{", "[]", "{}", '{"version": 1}', "\x00"):
         with pytest.raises(UserError, match=r"the atlas cannot be read|expected the atlas of a run"):
             Atlas.load(damaged("atlas.json", lambda path, content=content: path.write_text(content)))
+
+    def other_type(path):
+        path.write_text(path.read_text().replace('"one_space": true', '"one_space": []'))
+
+    with pytest.raises(UserError, match=r"the atlas cannot be read \(one_space \[\]"):
+        Atlas.load(damaged("atlas.json", other_type))
     with pytest.raises(UserError, match="found atlas version 9, expected 1"):
         Atlas.load(damaged("atlas.json", lambda path: path.write_text('{"version": 9}')))
 
