@@ -86,10 +86,12 @@ def run_app(config_name: str, task: Callable[[DictConfig], object]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a file's name may hold what the terminal's encoding has not
             stream.reconfigure(errors="backslashreplace")
-    _end_at_the_second_interrupt()
+    pressed = _end_at_the_second_interrupt()
     try:
         run_hydra(config_name, _refusing(task))
     except Exception as error:
+        if pressed:  # in the middle of a library, which made another error of it
+            fail("interrupted")
         if (said := sentence(error)) is None:
             raise
         fail(said)
@@ -97,24 +99,28 @@ def run_app(config_name: str, task: Callable[[DictConfig], object]) -> None:
         fail("interrupted")
 
 
-def _end_at_the_second_interrupt() -> None:
-    """Ctrl-C raises KeyboardInterrupt, as ever; once more, while what was begun is being ended, it ends the process."""
+def _end_at_the_second_interrupt() -> list[int]:
+    """Ctrl-C raises KeyboardInterrupt, as ever; once more, while what was begun is being ended, it ends the process.
+
+    Returns:
+        A list that is no longer empty once it was pressed.
+    """
+    process, pressed = os.getpid(), list[int]()
     if threading.current_thread() is not threading.main_thread():
-        return
+        return pressed
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # nohup, or whoever calls this
-        return
-    process, pressed = os.getpid(), False
+        return pressed
 
     def interrupt(number: int, frame: object) -> None:
-        nonlocal pressed
         if pressed:
             if os.getpid() == process:  # and not one that was forked
                 os.write(2, b"error: interrupted twice, and ended at once; what was saved before is whole\n")
             os._exit(130)
-        pressed = True
+        pressed.append(number)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
+    return pressed
 
 
 def _refusing(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], object]:
